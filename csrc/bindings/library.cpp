@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// The schemas of all operators. resnet_fused/ops.py documents them one by one; bn_ops.cpp implements them.
+//
+// y, grad, shortcut, z: [N, C, H, W] of one floating dtype. acc: float64 for float64, float32 for all others.
+// statistics: [tiles, 3, C] acc, coefficients: [4, C] acc, backward coefficients: [5, C] acc (rows in params.h).
+#include <torch/library.h>
+
+TORCH_LIBRARY(resnet_fused, m) {
+  m.def("bn_statistics(Tensor y) -> Tensor");
+  m.def(
+      "bn_finalize(Tensor statistics, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> Tensor");
+  m.def(
+      "bn_coefficients(Tensor running_mean, Tensor running_var, Tensor? weight, Tensor? bias, float eps, "
+      "ScalarType acc_dtype) -> Tensor");
+  m.def(
+      "bn_apply(Tensor y, Tensor coefficients, Tensor? shortcut, Tensor? shortcut_coefficients, bool relu) "
+      "-> Tensor");
+  m.def(
+      "bn_backward_reduce(Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
+      "Tensor? shortcut_coefficients, Tensor? z, bool relu, bool write_grad) -> (Tensor, Tensor)");
+  m.def(
+      "bn_backward_finalize(Tensor sums, Tensor coefficients, int branch, int count, bool batch_statistics) "
+      "-> Tensor");
+  m.def(
+      "bn_backward_apply(Tensor grad, Tensor y, Tensor coefficients, Tensor backward_coefficients, "
+      "Tensor? shortcut, Tensor? z, bool relu, bool batch_statistics) -> Tensor");
+  m.def(
+      "bn_backward_apply_(Tensor(a!) grad, Tensor y, Tensor coefficients, Tensor backward_coefficients, "
+      "Tensor? shortcut, Tensor? z, bool relu, bool batch_statistics) -> ()");
+  m.def(
+      "bn_backward_apply_pair(Tensor grad, Tensor y, Tensor coefficients, Tensor backward_coefficients, "
+      "Tensor shortcut, Tensor shortcut_coefficients, Tensor shortcut_backward_coefficients, bool relu, "
+      "bool batch_statistics, bool shortcut_batch_statistics) -> (Tensor, Tensor)");
+  m.def(
+      "relu_backward_add_(Tensor(a!) out, Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
+      "Tensor? z) -> ()");
+}

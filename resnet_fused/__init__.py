@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Fused residual networks for PyTorch: convolution + batch norm + ReLU + shortcut, trained and served."""
+
+import torch  # noqa: F401  (its libraries must be loaded before the extension's)
+
+from resnet_fused import functional, ops, reference
+from resnet_fused._C import build_info
+from resnet_fused.engine import engine
+from resnet_fused.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from resnet_fused.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, ResBlk
+from resnet_fused.sequential import FusedSequential
+from resnet_fused.surgery import FuseReport, fold, fuse, set_memory, unfuse
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "ConvBNAct2d",
+    "FuseReport",
+    "FusedSequential",
+    "ResBlk",
+    "ResNet",
+    "build_info",
+    "engine",
+    "fold",
+    "functional",
+    "fuse",
+    "ops",
+    "reference",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "set_memory",
+    "unfuse",
+]

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Which implementation runs: the fused kernels or the reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+ENGINES = ("auto", "library", "reference")
+
+_engine: ContextVar[str] = ContextVar("resnet_fused_engine", default="auto")
+
+
+@contextlib.contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Run every fused function and module inside the ``with`` block through one engine.
+
+    Args:
+        name: ``"library"``: the library's convolutions (oneDNN) with this package's one-pass kernels around
+            them; ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: the best there is
+            for each case, today ``"library"``.
+
+    Raises:
+        ValueError: if ``name`` is none of these.
+
+    The choice is per thread (and per ``asyncio`` task). Backward follows the engine that forward used.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine: expected one of {ENGINES}, got {name!r}")
+    token = _engine.set(name)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
+
+
+def current_engine() -> str:
+    """The engine in force: ``"auto"``, ``"library"`` or ``"reference"``."""
+    return _engine.get()

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Inference: batch norm folded into weights, weights prepacked, shortcut and ReLU as the convolution's post-ops.
+
+A convolution's folded weights are built on first use and rebuilt when a parameter or running statistic of it
+changes: storage, version counter, eps, dtype or layout. Writes that bypass the version counter (``tensor.data``) are
+noticed when the module next switches between training and evaluation, through :func:`forget`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import ops
+from resnet_fused.recognise import compute_dtype, conv_of, norm_of
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Folded(NamedTuple):
+    key: tuple
+    weight: Tensor
+    bias: Tensor
+
+
+_folded: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    """Drop the folded weights of every convolution in ``module``."""
+    for child in module.modules():
+        _folded.pop(child, None)
+
+
+def available(x: Tensor, tensors: list[Tensor | None]) -> bool:
+    """Whether oneDNN's fused convolution serves ``x``, with nothing to differentiate among ``x`` and ``tensors``."""
+    if torch.compiler.is_compiling() or compute_dtype(x) not in _DTYPES or not ops.has_fused_convolution():
+        return False
+    present = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in present)):
+        return False
+    # Inference tensors have no version counter: a change of theirs would go unnoticed.
+    return not any(t.is_inference() for t in present)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor, packed: bool) -> _Folded:
+    c = conv_of(conv)
+    n = None if norm is None else norm_of(norm)
+    tensors = [t for t in (c.weight, c.bias, *(n[:4] if n is not None else ())) if t is not None]
+    # The tensors' ids and addresses are safe to compare: the modules that hold them are alive, and replacing one
+    # by another at the same address still changes the version or the id.
+    key = (
+        dtype,
+        packed,
+        None if n is None else n.eps,
+        *((id(t), t.data_ptr(), t._version) for t in tensors),
+        *c[2:],
+    )
+    found = _folded.get(conv)
+    if found is not None and found.key == key:
+        return found
+    weight = c.weight.detach()
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        acc = ops.acc_dtype(weight.dtype)
+        weight = weight.to(acc)
+        bias = torch.zeros(weight.shape[0], dtype=acc) if c.bias is None else c.bias.detach().to(acc)
+        if n is not None:
+            _, _, scale, shift = ops.bn_coefficients(n.running_mean, n.running_var, n.weight, n.bias, n.eps, acc)
+            weight = weight * scale.view(-1, 1, 1, 1)
+            bias = bias * scale + shift
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        if packed:
+            weight = ops.prepack_weight(weight, *c[2:], list(x.shape))
+        _folded[conv] = folded = _Folded(key, weight, bias)
+    return folded
+
+
+def convolve(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, shortcut: Tensor | None, relu: bool
+) -> Tensor:
+    """``relu(norm(conv(x)) + shortcut)``; the caller has checked :func:`available` and the modules."""
+    # oneDNN's own layout for weights goes with channels_last activations; plain weights keep NCHW.
+    packed = is_channels_last(x) or is_channels_last(conv.weight)
+    folded = _fold(conv, norm, x.dtype, x, packed)
+    return ops.fused_convolution(x, folded.weight, folded.bias, *conv_of(conv)[2:], shortcut, relu)

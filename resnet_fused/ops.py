@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The kernel vocabulary: one thin function per dispatcher operator, and the operators' fake kernels.
+
+The only file that names ``torch.ops``. Everywhere below:
+
+* ``y``, ``grad``, ``shortcut``, ``z``: ``[N, C, H, W]`` of one dtype (float64, float32, bfloat16, float16), in any
+  layout; kernels walk channels_last and contiguous memory directly, anything else is copied first.
+* *acc* is float64 for float64 and float32 for all others.
+* ``coefficients``: ``[4, C]`` acc, the rows mean, invstd, scale, shift, with ``scale = weight * invstd`` and
+  ``shift = bias - mean * scale``.
+* ``backward_coefficients``: ``[5, C]`` acc, the rows d_weight, d_bias, a, b, c, with ``dy = a*g + b*y + c``.
+
+Every operator checks its arguments and raises ``ValueError`` (shape, device, range) or ``TypeError`` (dtype) naming
+the argument. Results are the same bits from run to run and for any number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused import _C  # noqa: F401  (registers the operators)
+
+_ops = torch.ops.resnet_fused
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels accumulate for activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dense(t: Tensor) -> Tensor:
+    """``t`` ``[N, C, H, W]``, copied if it is dense in neither channels_last nor contiguous layout."""
+    return t.contiguous(memory_format=torch._prims_common.suggest_memory_format(t))
+
+
+def bn_statistics(y: Tensor) -> Tensor:
+    """Per-channel count, mean and M2 (sum of squared deviations) of ``y``: ``[1, 3, C]`` acc."""
+    return _ops.bn_statistics(y)
+
+
+def bn_finalize(
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Merge ``statistics`` ``[tiles, 3, C]`` into ``coefficients``; update the running statistics in place.
+
+    Merging is Chan, Golub & LeVeque's (1979), in tile order. ``running_var`` takes the unbiased variance.
+    ``num_batches_tracked`` (one int64) is incremented; ``momentum=None`` is the cumulative average.
+    """
+    return _ops.bn_finalize(
+        statistics, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+    )
+
+
+def bn_coefficients(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``coefficients`` of an evaluating or frozen batch norm, for activations of ``dtype``."""
+    return _ops.bn_coefficients(running_mean, running_var, weight, bias, eps, acc_dtype(dtype))
+
+
+def bn_apply(
+    y: Tensor,
+    coefficients: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coefficients: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """``relu(scale*y + shift + s)``, ``s`` being the shortcut, or its own affine with ``shortcut_coefficients``."""
+    return _ops.bn_apply(y, coefficients, shortcut, shortcut_coefficients, relu)
+
+
+def bn_backward_reduce(
+    grad: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_coefficients: Tensor | None = None,
+    z: Tensor | None = None,
+    relu: bool = False,
+    write_grad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The sums of one or two batch norms' backward over ``g``, the gradient behind the ReLU.
+
+    Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[1, 2, C]`` acc: sum of g, sum of
+    g*(y - mean); with ``shortcut_coefficients`` a third row, sum of g*(shortcut - its mean). The ReLU's mask
+    is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and ``shortcut``.
+    """
+    return _ops.bn_backward_reduce(
+        grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad
+    )
+
+
+def bn_backward_finalize(
+    sums: Tensor, coefficients: Tensor, branch: int, count: int, batch_statistics: bool
+) -> Tensor:
+    """``backward_coefficients`` of branch 0 (``y``) or 1 (the shortcut) from the sums over ``count`` values."""
+    return _ops.bn_backward_finalize(sums, coefficients, branch, count, batch_statistics)
+
+
+def bn_backward_apply(
+    grad: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    backward_coefficients: Tensor,
+    shortcut: Tensor | None = None,
+    z: Tensor | None = None,
+    relu: bool = False,
+    batch_statistics: bool = True,
+) -> Tensor:
+    """``dy = a*g + b*y + c`` (``a*g`` without batch statistics), ``g`` being ``grad`` behind the ReLU."""
+    return _ops.bn_backward_apply(
+        grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics
+    )
+
+
+def bn_backward_apply_(
+    grad: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    backward_coefficients: Tensor,
+    shortcut: Tensor | None = None,
+    z: Tensor | None = None,
+    relu: bool = False,
+    batch_statistics: bool = True,
+) -> Tensor:
+    """:func:`bn_backward_apply` that writes over ``grad``, which must be dense, and returns it."""
+    _ops.bn_backward_apply_(
+        grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics
+    )
+    return grad
+
+
+def bn_backward_apply_pair(
+    grad: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    backward_coefficients: Tensor,
+    shortcut: Tensor,
+    shortcut_coefficients: Tensor,
+    shortcut_backward_coefficients: Tensor,
+    relu: bool,
+    batch_statistics: bool,
+    shortcut_batch_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(dy, dshortcut)`` of the join of two batch norms, from one read of the gradient."""
+    return _ops.bn_backward_apply_pair(
+        grad,
+        y,
+        coefficients,
+        backward_coefficients,
+        shortcut,
+        shortcut_coefficients,
+        shortcut_backward_coefficients,
+        relu,
+        batch_statistics,
+        shortcut_batch_statistics,
+    )
+
+
+def relu_backward_add_(
+    out: Tensor,
+    grad: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    shortcut: Tensor | None = None,
+    z: Tensor | None = None,
+) -> Tensor:
+    """``out += grad`` where the ReLU passed; ``out`` must be dense. The mask as in :func:`bn_backward_reduce`."""
+    _ops.relu_backward_add_(out, grad, y, coefficients, shortcut, z)
+    return out
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dgrad and wgrad of the library's convolution, ``None`` for what is not needed."""
+    if not (need_input or need_weight):
+        return None, None
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_input, need_weight, False)
+    )
+    return grad_x, grad_weight
+
+
+def has_fused_convolution() -> bool:
+    """Whether this PyTorch carries oneDNN's convolution with fused post-ops."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    )
+
+
+def prepack_weight(
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    input_size: list[int],
+) -> Tensor:
+    """``weight`` ``[K, C/groups, R, S]`` in the opaque layout oneDNN prefers for inputs of ``input_size``."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, input_size
+    )
+
+
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    shortcut: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only."""
+    if shortcut is None:
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
+        )
+    return torch.ops.mkldnn._convolution_pointwise.binary(
+        x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], ""
+    )
+
+
+def _empty_acc(like: Tensor, *size: int) -> Tensor:
+    return like.new_empty(size, dtype=acc_dtype(like.dtype))
+
+
+@torch.library.register_fake("resnet_fused::bn_statistics")
+def _(y):
+    return _empty_acc(y, 1, 3, y.shape[1])
+
+
+@torch.library.register_fake("resnet_fused::bn_finalize")
+def _(statistics, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps):
+    return statistics.new_empty(4, statistics.shape[2])
+
+
+@torch.library.register_fake("resnet_fused::bn_coefficients")
+def _(running_mean, running_var, weight, bias, eps, acc_dtype):
+    return running_mean.new_empty(4, running_mean.shape[0], dtype=acc_dtype)
+
+
+def _empty_dense(like: Tensor) -> Tensor:
+    return torch.empty_like(dense(like))
+
+
+@torch.library.register_fake("resnet_fused::bn_apply")
+def _(y, coefficients, shortcut, shortcut_coefficients, relu):
+    return _empty_dense(y)
+
+
+@torch.library.register_fake("resnet_fused::bn_backward_reduce")
+def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad):
+    sums = _empty_acc(y, 1, 2 if shortcut_coefficients is None else 3, y.shape[1])
+    return (_empty_dense(y) if write_grad else y.new_empty(0)), sums
+
+
+@torch.library.register_fake("resnet_fused::bn_backward_finalize")
+def _(sums, coefficients, branch, count, batch_statistics):
+    return sums.new_empty(5, sums.shape[2])
+
+
+@torch.library.register_fake("resnet_fused::bn_backward_apply")
+def _(grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics):
+    return _empty_dense(y)
+
+
+@torch.library.register_fake("resnet_fused::bn_backward_apply_")
+def _(grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics):
+    return None
+
+
+@torch.library.register_fake("resnet_fused::bn_backward_apply_pair")
+def _(
+    grad,
+    y,
+    coefficients,
+    backward_coefficients,
+    shortcut,
+    shortcut_coefficients,
+    shortcut_backward_coefficients,
+    relu,
+    batch_statistics,
+    shortcut_batch_statistics,
+):
+    return _empty_dense(y), _empty_dense(y)
+
+
+@torch.library.register_fake("resnet_fused::relu_backward_add_")
+def _(out, grad, y, coefficients, shortcut, z):
+    return None

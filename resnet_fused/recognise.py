@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What the fused path may look inside of: modules of known type, unhooked, in an ordinary context.
+
+Everything else runs composed, by calling the modules themselves, and is right without our knowing it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.units import Conv, Norm
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its ``forward``."""
+    return any(module.__dict__.get(name) for name in _HOOKS) or "forward" in module.__dict__
+
+
+def any_global_hooks() -> bool:
+    """Whether hooks on all modules are registered (profilers, operation counters)."""
+    registry = torch.nn.modules.module
+    return bool(
+        registry._global_forward_hooks
+        or registry._global_forward_pre_hooks
+        or registry._global_backward_hooks
+        or registry._global_backward_pre_hooks
+    )
+
+
+def is_relu(module: object) -> bool:
+    """An ``nn.ReLU`` that does nothing else."""
+    return type(module) is nn.ReLU and not is_hooked(module)
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """None, ``nn.Identity`` or an empty ``nn.Sequential``."""
+    if module is None:
+        return True
+    empty = type(module) is nn.Identity or (isinstance(module, nn.Sequential) and len(module) == 0)
+    return empty and not is_hooked(module)
+
+
+def frozen_batch_norm(module: object) -> bool:
+    """torchvision's (or detectron2's) FrozenBatchNorm2d, told without importing either."""
+    cls = type(module)
+    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__.split(".")[0] in ("torchvision", "detectron2")
+
+
+def conv_reason(module: object) -> str | None:
+    """Why ``module`` cannot be fused as a convolution; None if it can."""
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is not a plain nn.Conv2d"
+    if is_hooked(module):
+        return "the convolution has hooks"
+    if module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}"
+    if module.padding == "same" and any(
+        d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+    ):
+        return "padding='same' is asymmetric here"
+    return None
+
+
+def norm_reason(module: object) -> str | None:
+    """Why ``module`` cannot be fused as a batch norm; None if it can."""
+    if type(module) is not nn.BatchNorm2d and not frozen_batch_norm(module):
+        return f"{type(module).__name__} is not a plain nn.BatchNorm2d"
+    return "the batch norm has hooks" if is_hooked(module) else None
+
+
+def conv_of(module: nn.Conv2d) -> Conv:
+    """The data of a convolution for which :func:`conv_reason` is None."""
+    padding = module.padding
+    if padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    elif padding == "valid":
+        padding = (0, 0)
+    return Conv(module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+
+
+def norm_of(module: nn.Module) -> Norm:
+    """The data of a batch norm for which :func:`norm_reason` is None, in its present mode."""
+    if frozen_batch_norm(module):
+        return Norm(module.weight, module.bias, module.running_mean, module.running_var, None, False, 0.0, module.eps)
+    batch_statistics = module.training or module.running_mean is None
+    tracked = module.training and module.track_running_stats
+    if not batch_statistics or tracked:
+        running = module.running_mean, module.running_var
+    else:
+        running = None, None
+    counter = module.num_batches_tracked if tracked else None
+    return Norm(module.weight, module.bias, *running, counter, batch_statistics, module.momentum, module.eps)
+
+
+def fusible(x: object) -> bool:
+    """Whether the fused path understands ``x`` and the context it comes in.
+
+    Not: symbolic (a proxy is no tensor) or recorded tracing, functional transforms and forward-mode differentiation, tensor subclasses,
+    devices without kernels, and inputs on which eager raises or does nothing (which it then does itself).
+    """
+    if not isinstance(x, Tensor) or torch.jit.is_tracing():
+        return False
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu" and x.dim() == 4 and x.dtype in _DTYPES
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.dim() == 4
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and not any_global_hooks()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution of ``x`` runs in: its own, or autocast's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The pieces a residual block is made of, as plain data: :class:`Conv`, :class:`Norm`, :class:`Unit`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Conv(NamedTuple):
+    """A 2-d convolution with zero padding.
+
+    ``weight``: ``[K, C/groups, R, S]``; ``bias``: ``[K]`` or None; the others as in ``nn.Conv2d``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+class Norm(NamedTuple):
+    """A batch norm over ``C`` channels.
+
+    ``weight``, ``bias``, ``running_mean``, ``running_var``: ``[C]`` or None; ``num_batches_tracked``: one int64 or None.
+    ``batch_statistics``: normalise by the batch's own statistics (training), else by the running ones.
+    The running statistics are updated where ``batch_statistics`` and they are given. ``momentum=None`` is the
+    cumulative average.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    batch_statistics: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+
+
+class Unit(NamedTuple):
+    """A convolution (or None) and the batch norm behind it."""
+
+    conv: Conv | None
+    norm: Norm
