@@ -9,6 +9,7 @@ noticed when the module next switches between training and evaluation, through :
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -36,19 +37,29 @@ def forget(module: nn.Module) -> None:
         _folded.pop(child, None)
 
 
-def available(x: Tensor, tensors: list[Tensor | None]) -> bool:
-    """Whether oneDNN's fused convolution serves ``x``, with nothing to differentiate among ``x`` and ``tensors``."""
-    if torch.compiler.is_compiling() or compute_dtype(x) not in _DTYPES or not ops.has_fused_convolution():
+def available(x: Tensor, convs: Sequence[nn.Conv2d], tensors: Sequence[Tensor]) -> bool:
+    """Whether oneDNN's fused convolution serves ``x``, with nothing to differentiate among ``x`` and ``tensors``.
+
+    ``tensors``: every parameter, running statistic and shortcut that takes part.
+    """
+    dtype = compute_dtype(x)
+    if torch.compiler.is_compiling() or dtype not in _DTYPES or not ops.has_fused_convolution():
         return False
-    present = [t for t in tensors if t is not None]
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in present)):
+    if dtype == torch.bfloat16 and not uses_packed_weights(x, convs):
+        return False  # oneDNN takes plain weights in float32 alone
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
         return False
     # Inference tensors have no version counter: a change of theirs would go unnoticed.
-    return not any(t.is_inference() for t in present)
+    return not any(t.is_inference() for t in tensors)
 
 
-def is_channels_last(t: Tensor) -> bool:
+def _is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def uses_packed_weights(x: Tensor, convs: Sequence[nn.Conv2d]) -> bool:
+    """Whether eager would compute in channels_last: then oneDNN's own layout for weights serves, which implies it."""
+    return _is_channels_last(x) or any(_is_channels_last(c.weight) for c in convs)
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor, packed: bool) -> _Folded:
@@ -84,10 +95,11 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor
 
 
 def convolve(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, shortcut: Tensor | None, relu: bool
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, shortcut: Tensor | None, relu: bool, packed: bool
 ) -> Tensor:
-    """``relu(norm(conv(x)) + shortcut)``; the caller has checked :func:`available` and the modules."""
-    # oneDNN's own layout for weights goes with channels_last activations; plain weights keep NCHW.
-    packed = is_channels_last(x) or is_channels_last(conv.weight)
+    """``relu(norm(conv(x)) + shortcut)``; the caller has checked :func:`available` and the modules.
+
+    ``packed``: :func:`uses_packed_weights` of the whole block; it makes the output channels_last.
+    """
     folded = _fold(conv, norm, x.dtype, x, packed)
     return ops.fused_convolution(x, folded.weight, folded.bias, *conv_of(conv)[2:], shortcut, relu)

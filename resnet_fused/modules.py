@@ -83,10 +83,11 @@ def _residual(
     norms = [None if norm is None else norm_of(norm) for _, norm in every]
     frozen = all(n is None or not n.batch_statistics for n in norms)
     if frozen and current_engine() != "reference" and all(conv is not None for conv, _ in every):
-        tensors = [p for conv, norm in every for m in (conv, norm) if m is not None for p in (*m.parameters(),)]
+        modules = [m for pair in every for m in pair if m is not None]
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         if isinstance(shortcut, Tensor):
             tensors.append(shortcut)
-        if inference.available(x, tensors):
+        if inference.available(x, [conv for conv, _ in every], tensors):
             return _infer(x, every, shortcut, projection is not None, relu, dtype)
     if any(n is None for n in norms):
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
@@ -103,17 +104,18 @@ def _residual(
 def _infer(
     x: Tensor, pairs: Sequence[Pair], shortcut: Tensor | Pair | None, projected: bool, relu: bool, dtype: torch.dtype
 ) -> Tensor:
+    packed = inference.uses_packed_weights(x, [conv for conv, _ in pairs])
     identity = shortcut is x
     x = x.to(dtype)
     if projected:
         *pairs, projection = pairs
-        join = inference.convolve(x, *projection, None, False)
+        join = inference.convolve(x, *projection, None, False, packed)
     else:
         join = x if identity else shortcut
     a = x
     for pair in pairs[:-1]:
-        a = inference.convolve(a, *pair, None, True)
-    return inference.convolve(a, *pairs[-1], join, relu)
+        a = inference.convolve(a, *pair, None, True, packed)
+    return inference.convolve(a, *pairs[-1], join, relu, packed)
 
 
 def run_unit(

@@ -32,7 +32,9 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def dense(t: Tensor) -> Tensor:
     """``t`` ``[N, C, H, W]``, copied if it is dense in neither channels_last nor contiguous layout."""
-    return t.contiguous(memory_format=torch._prims_common.suggest_memory_format(t))
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous()
 
 
 def bn_statistics(y: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def _(running_mean, running_var, weight, bias, eps, acc_dtype):
 
 
 def _empty_dense(like: Tensor) -> Tensor:
-    return torch.empty_like(dense(like))
+    return torch.empty_like(like, memory_format=torch._prims_common.suggest_memory_format(like))
 
 
 @torch.library.register_fake("resnet_fused::bn_apply")

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The main job: fused against eager on real photographs. The exit status is 1 if a numerical check fails."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from benchmarks import blocks, bottleneck, depth, networks, report
+from benchmarks.cases import DTYPES, MODES, Job, Outcome, Settings, run
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Fused against eager PyTorch on real photographs: numerical checks, interleaved timing, memory. "
+        "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks.",
+    )
+    choice = parser.add_argument_group("what to run")
+    pattern = {"nargs": "?", "const": "", "metavar": "PART"}
+    choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1")
+    choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
+    choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
+    choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
+    how = parser.add_argument_group("how")
+    how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
+    how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype")
+    how.add_argument("--batch", type=int, metavar="N", help="images per step")
+    how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
+    how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: as many as time allows)")
+    how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
+    how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    how.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    return parser.parse_args(arguments)
+
+
+def execute(jobs: Iterator[Job], total: int) -> list[Outcome]:
+    """Run all jobs, one line of progress each."""
+    outcomes = []
+    for index, job in enumerate(jobs, 1):
+        print(f"[{index:{len(str(total))}}/{total}] {job.case}: ", end="", flush=True)
+        start = time.perf_counter()
+        outcome = run(job)
+        outcomes.append(outcome)
+        speed, elapsed = report.ratio(outcome.race.speed), time.perf_counter() - start
+        print(f"check {outcome.check}, speed {speed}  ({elapsed:.1f} s)", flush=True)
+    return outcomes
+
+
+def run_blocks_and_networks(settings: Settings, part: str | None, network: str | None, folder: Path) -> list[Outcome]:
+    chosen, names = blocks.select(part), networks.select(network)
+    found = execute(
+        chain(blocks.jobs(chosen, settings), networks.jobs(names, settings)),
+        settings.cases_per_subject * (sum(map(len, chosen.values())) + len(names)),
+    )
+    if not found:
+        raise SystemExit("no block or network has such a name")
+    print("", report.outcome_table(found), "", report.summary(found), "", sep="\n")
+    report.write_json(folder / "residual.json", settings.device, [report.as_record(outcome) for outcome in found])
+    report.plot_speed(found, folder / "speed.png", settings.device)
+    report.plot_kept(found, folder / "kept.png")
+    return found
+
+
+def run_depth(settings: Settings, folder: Path) -> list[Outcome]:
+    found = execute(depth.jobs(settings), settings.cases_per_subject * len(depth.LAYERS))
+    print("", depth.table(found), "", sep="\n")
+    report.write_json(folder / "depth.json", settings.device, depth.records(found))
+    depth.plot(found, folder / "depth.png")
+    return found
+
+
+def run_bottleneck(settings: Settings, folder: Path) -> list[Outcome]:
+    found = execute(bottleneck.jobs(settings), settings.cases_per_subject * 2)
+    print("", bottleneck.table(found, settings.size), "", sep="\n")
+    report.write_json(folder / "bottleneck.json", settings.device, bottleneck.records(found, settings.size))
+    bottleneck.plot(found, folder / "bottleneck.png")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    options = parse(arguments)
+    quick = options.quick
+    settings = Settings(
+        options.device,
+        modes=tuple(options.mode or MODES),
+        dtypes=tuple(options.dtype or DTYPES),
+        size=64 if quick else options.size,
+        batch=options.batch or (2 if quick else None),
+        rounds=options.repeats or (2 if quick else None),
+    )
+    folder = options.output / report.slug(report.device_name(settings.device))
+    start = time.perf_counter()
+
+    outcomes: list[Outcome] = []
+    if options.depth:
+        outcomes += run_depth(settings, folder)
+    if options.bottleneck:
+        outcomes += run_bottleneck(settings, folder)
+    if options.blocks is not None or options.networks is not None:
+        outcomes += run_blocks_and_networks(settings, options.blocks, options.networks, folder)
+    elif not outcomes:
+        outcomes += run_blocks_and_networks(settings, "", "", folder)
+
+    for failure in report.failures(outcomes):
+        print(f"outside the tolerance policy: {failure}")
+    passed = all(outcome.check.passed for outcome in outcomes)
+    print(f"{'all checks passed' if passed else 'CHECKS FAILED'}; {time.perf_counter() - start:.0f} s; see {folder}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

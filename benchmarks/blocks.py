@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The residual blocks of ResNet-18 and ResNet-50, on the activations that photographs give them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from benchmarks.cases import Job, Settings
+from benchmarks.checks import DRAWS
+from benchmarks.networks import NETWORKS, build
+from benchmarks.photographs import photographs
+
+# Checked on fewer images than timed: float64 is slow. Each further draw takes the next images.
+CHECK_BATCH = 2  # images
+
+BATCH = 8  # images
+SECONDS = 0.8  # of timing, per case
+
+
+@functools.cache
+def block_names(name: str) -> list[str]:
+    """The first two blocks of every stage: with and without downsampling (ResNet-18's first stage has none)."""
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name, weights=None)
+    names = []
+    for stage in range(1, 5):
+        blocks = getattr(network, f"layer{stage}")
+        first = 0 if blocks[0].downsample is not None else 1
+        names += [f"layer{stage}.{index}" for index in range(first, 2)]
+    return names
+
+
+def select(part: str | None) -> dict[str, list[str]]:
+    """By network, the blocks whose dotted name contains ``part``, such as "resnet50.layer1"; none for None."""
+    if part is None:
+        return {}
+    chosen = {name: [b for b in block_names(name) if part in f"{name}.{b}"] for name in NETWORKS}
+    return {name: found for name, found in chosen.items() if found}
+
+
+@torch.no_grad()
+def inputs(network: nn.Module, names: list[str], images: Tensor) -> dict[str, Tensor]:
+    """What each named block receives when ``images`` run through ``network`` in evaluation mode."""
+    received: dict[str, Tensor] = {}
+
+    def receive(name: str, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        received[name] = arguments[0].clone()
+
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(functools.partial(receive, name)) for name in names
+    ]
+    network.eval()(images)
+    for handle in handles:
+        handle.remove()
+    return received
+
+
+def photographs_for(settings: Settings) -> Tensor:
+    """Photographs to time on, and as many as the checks may need if that is more."""
+    return photographs(max(batch_of(settings), DRAWS * CHECK_BATCH), settings.size, device=settings.device)
+
+
+def batch_of(settings: Settings) -> int:
+    return settings.batch or BATCH
+
+
+def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, seconds: float) -> Iterator[Job]:
+    """Every case of one block that receives ``x``."""
+
+    def draw(index: int) -> Tensor:
+        return x[index * CHECK_BATCH :][:CHECK_BATCH]
+
+    for case in settings.cases(subject, is_network=False):
+        yield Job(case, block, x[: batch_of(settings)].clone(), draw, settings.effort(seconds))
+
+
+def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:
+    """Every case of the selected blocks."""
+    images = photographs_for(settings)
+    for name, blocks in selection.items():
+        network = build(name, images)
+        received = inputs(network, blocks, images)
+        for path in blocks:
+            block = network.get_submodule(path)
+            shortcut = "identity" if block.downsample is None else "downsample"
+            yield from jobs_of(f"{name}.{path} {shortcut}", block, received[path], settings, SECONDS)

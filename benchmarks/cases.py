@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""One case: a module, eager and fused, in one mode and dtype: checked, timed, and its kept bytes counted."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fused
+from benchmarks.checks import Check, check
+from benchmarks.memory import bytes_kept
+from benchmarks.timing import Effort, Race, race
+from resnet_fused import testing
+
+MODES = ("training", "inference")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. ``dtype`` names a key of `DTYPES`: autocast's in training, the module's in inference."""
+
+    subject: str
+    is_network: bool
+    mode: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}, {self.mode}, {self.dtype}"
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "training"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return DTYPES[self.dtype] if self.training and self.dtype != "float32" else None
+
+    @property
+    def module_dtype(self) -> torch.dtype:
+        return torch.float32 if self.training else DTYPES[self.dtype]
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Networks get float32 images under autocast; blocks what the layers in front of them give under it."""
+        return self.module_dtype if self.is_network else DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case and what it takes to run it: it is timed on ``x`` and checked on ``draw(0)``, ``draw(1)``, ..."""
+
+    case: Case
+    module: nn.Module
+    x: Tensor
+    draw: Callable[[int], Tensor]
+    effort: Effort
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found. ``kept`` holds bytes per image by contestant, in training."""
+
+    case: Case
+    batch: int
+    check: Check
+    race: Race
+    kept: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for. None leaves a value to the benchmark."""
+
+    device: torch.device
+    modes: tuple[str, ...] = MODES
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    size: int = 224  # pixels
+    batch: int | None = None  # images
+    rounds: int | None = None
+
+    @property
+    def cases_per_subject(self) -> int:
+        return len(self.modes) * len(self.dtypes)
+
+    def cases(self, subject: str, *, is_network: bool) -> Iterator[Case]:
+        """The subject's case for every mode and dtype."""
+        for mode in self.modes:
+            for dtype in self.dtypes:
+                yield Case(subject, is_network, mode, dtype)
+
+    def effort(self, seconds: float) -> Effort:
+        """The number of rounds asked for, or else some that take ``seconds``."""
+        return Effort.exactly(self.rounds) if self.rounds else Effort(seconds)
+
+
+def contestants(module: nn.Module, case: Case) -> dict[str, nn.Module]:
+    """Copies of ``module`` for the case: "eager", "fused" and, in training, "minimal" (memory)."""
+    eager = copy.deepcopy(module).to(case.module_dtype, memory_format=torch.channels_last).train(case.training)
+    result = {"eager": eager, "fused": copy.deepcopy(eager)}
+    resnet_fused.fuse(result["fused"])
+    if case.training:
+        result["minimal"] = copy.deepcopy(result["fused"])
+        resnet_fused.set_memory(result["minimal"], "minimal")
+    return result
+
+
+def forward(module: nn.Module, x: Tensor, case: Case) -> Tensor:
+    """Run ``module`` under the case's autocast, if any."""
+    casting = torch.autocast(x.device.type, case.autocast) if case.autocast else contextlib.nullcontext()
+    with casting:
+        return module(x)
+
+
+def inference_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """A call that runs ``module`` on ``x`` without recording a graph."""
+    return torch.no_grad()(lambda: forward(module, x, case))
+
+
+def block_training_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """A call that runs ``module`` forward, and backward from a given gradient of its output to its input's."""
+    x = x.detach().requires_grad_()
+    gradient = testing.cotangent_like(forward(module, x, case))
+
+    def step() -> None:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        forward(module, x, case).backward(gradient)
+
+    return step
+
+
+def network_training_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """A call that runs forward, cross-entropy, backward and a step of SGD with momentum."""
+    labels = torch.arange(len(x), device=x.device) % 2
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(forward(module, x, case).float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def run(job: Job) -> Outcome:
+    """Check and time one job."""
+    case = job.case
+    modules = contestants(job.module, case)
+    x = job.x.to(case.input_dtype)
+    verdict = check(
+        modules["eager"],
+        {name: module for name, module in modules.items() if name != "eager"},
+        lambda draw: job.draw(draw).to(case.input_dtype),
+        autocast=case.autocast,
+        gradients=case.training,
+    )
+    kept = {}
+    make_step = inference_step
+    if case.training:
+        for name, module in modules.items():
+            kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
+        make_step = network_training_step if case.is_network else block_training_step
+    steps = [make_step(modules[name], x, case) for name in ("eager", "fused")]
+    return Outcome(case, len(x), verdict, race(*steps, x.device, job.effort), kept)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What the benchmarks leave behind: tables, JSON and plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torchvision
+
+import resnet_fused
+from benchmarks.cases import Outcome
+from benchmarks.timing import Spread
+
+EAGER_COLOUR = "#9aa5b1"
+FUSED_COLOUR = "#4f8fe6"
+NETWORK_COLOUR = "#1f4e9c"
+MINIMAL_COLOUR = "#2da44e"
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's name, for a CPU with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = model[1] if model else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    """``name`` as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What the numbers depend on."""
+    return {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "resnet_fused": {key: str(value) for key, value in resnet_fused.build_info().items()},
+    }
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the first is left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+
+
+def milliseconds(spread: Spread, batch: int) -> str:
+    """Median and quartiles per image, from seconds per batch."""
+    median, low, high = (1e3 * s / batch for s in (spread.median, spread.low, spread.high))
+    return f"{median:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ratio(spread: Spread) -> str:
+    return f"{spread.median:.2f}x [{spread.low:.2f}, {spread.high:.2f}]"
+
+
+SPEED_HEADER = ("eager ms/image", "fused ms/image", "speed")
+
+
+def speed_cells(outcome: Outcome) -> tuple[str, str, str]:
+    """The cells under `SPEED_HEADER`."""
+    race = outcome.race
+    return milliseconds(race.eager, outcome.batch), milliseconds(race.fused, outcome.batch), ratio(race.speed)
+
+
+def kept_ratio(outcome: Outcome, contestant: str) -> str:
+    return f"{outcome.kept[contestant] / outcome.kept['eager']:.2f}x" if outcome.kept else ""
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> str:
+    """One line per case."""
+    header = ("", "mode", "dtype", "batch", *SPEED_HEADER, "kept MB/image", "fused", "minimal", "check")
+    rows = [
+        (
+            o.case.subject,
+            o.case.mode,
+            o.case.dtype,
+            str(o.batch),
+            *speed_cells(o),
+            f"{o.kept['eager'] / 1e6:.2f}" if o.kept else "",
+            kept_ratio(o, "fused"),
+            kept_ratio(o, "minimal"),
+            str(o.check),
+        )
+        for o in outcomes
+    ]
+    return table(header, rows)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """Geometric means of the blocks' speeds and each network's, by mode and dtype."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for o in outcomes:
+        name = o.case.subject if o.case.is_network else f"{o.case.subject.partition('.')[0]}'s blocks"
+        groups.setdefault((name, o.case.mode, o.case.dtype), []).append(o.race.speed.median)
+    rows = [(*key, f"{statistics.geometric_mean(speeds):.2f}x") for key, speeds in groups.items()]
+    return table(("geometric mean of speeds", "mode", "dtype", "speed"), rows)
+
+
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line per tensor outside the tolerance policy."""
+    return [
+        f"{o.case}: {failure}" for o in outcomes for failure in o.check.failures
+    ]
+
+
+def as_record(outcome: Outcome) -> dict[str, object]:
+    """The outcome as JSON; times in seconds per batch, kept bytes per image."""
+    case, check = outcome.case, outcome.check
+    return {
+        "subject": case.subject,
+        "mode": case.mode,
+        "dtype": case.dtype,
+        "batch": outcome.batch,
+        "check": {
+            "passed": check.passed,
+            "tensors": check.compared,
+            "inputs": check.draws,
+            "worst": str(check.worst),
+            "failures": check.failures,
+        },
+        "eager_seconds": asdict(outcome.race.eager),
+        "fused_seconds": asdict(outcome.race.fused),
+        "speed": asdict(outcome.race.speed),
+        "rounds": len(outcome.race.eager_seconds),
+        "kept_bytes_per_image": outcome.kept,
+    }
+
+
+def write_json(path: Path, device: torch.device, records: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(device), "outcomes": records}, indent=1) + "\n")
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def panels(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """The outcomes by mode and dtype."""
+    found: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        found.setdefault(f"{o.case.mode}, {o.case.dtype}", []).append(o)
+    return found
+
+
+def plot_speed(outcomes: Sequence[Outcome], path: Path, device: torch.device) -> None:
+    """Speed with quartiles, one panel per mode and dtype."""
+    groups = panels(outcomes)
+    most = max(map(len, groups.values()))
+    shape = (2 + 3 * len(groups), 1.4 + 0.28 * most)
+    figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False, sharex=True, sharey=True)
+    for ax, (title, group) in zip(axes[0], groups.items(), strict=True):
+        speeds = [o.race.speed for o in group]
+        medians = [s.median for s in speeds]
+        spread = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
+        colours = [NETWORK_COLOUR if o.case.is_network else FUSED_COLOUR for o in group]
+        ax.barh([o.case.subject for o in group], medians, xerr=spread, color=colours, ecolor="#555555")
+        ax.axvline(1.0, color="black", linewidth=0.8)
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(labelsize=8)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel("eager's time / fused time (median, quartiles); above 1 is faster", fontsize=9)
+    figure.suptitle(f"Speed, fused against eager: {device_name(device)}", fontsize=11)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_kept(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Bytes kept for backward relative to eager's, one panel per dtype; training's outcomes only."""
+    groups = panels([o for o in outcomes if o.kept])
+    if not groups:
+        return
+    most = max(map(len, groups.values()))
+    shape = (3 + 3 * len(groups), 1.4 + 0.34 * most)
+    figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False, sharex=True, sharey=True)
+    bars = [("fused", "fused", FUSED_COLOUR), ("minimal", 'fused, memory="minimal"', MINIMAL_COLOUR)]
+    for ax, (title, group) in zip(axes[0], groups.items(), strict=True):
+        for index, (name, label, colour) in enumerate(bars):
+            positions = [row + 0.4 * index - 0.2 for row in range(len(group))]
+            ax.barh(positions, [o.kept[name] / o.kept["eager"] for o in group], height=0.38, color=colour, label=label)
+        ax.axvline(1.0, color="black", linewidth=0.8)
+        ax.set_yticks(range(len(group)), [o.case.subject for o in group])
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(labelsize=8)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(fontsize=7, loc="upper left")
+    figure.supxlabel("bytes kept for backward / eager's", fontsize=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_times(
+    outcomes: Sequence[Outcome], subjects: Sequence[str], names: Sequence[str], path: Path, title: str
+) -> None:
+    """Milliseconds per image of ``subjects`` (shown as ``names``), one panel per mode and dtype."""
+    groups = panels(outcomes)
+    shape = (1 + 0.9 * len(names) * len(groups), 3.6)
+    figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False)
+    for ax, (heading, group) in zip(axes[0], groups.items(), strict=True):
+        by_subject = {o.case.subject: o for o in group}
+        for shift, name, colour in [(-0.2, "eager", EAGER_COLOUR), (0.2, "fused", FUSED_COLOUR)]:
+            times = [1e3 * getattr(by_subject[s].race, name).median / by_subject[s].batch for s in subjects]
+            ax.bar([i + shift for i in range(len(subjects))], times, width=0.38, color=colour, label=name)
+        ax.set_xticks(range(len(names)), names, fontsize=7)
+        ax.set_title(heading, fontsize=10)
+    axes[0][0].set_ylabel("ms per image (median)")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    save(figure, path)

@@ -1,0 +1,837 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Switching an existing model to fused execution and back: :func:`fuse`, :func:`unfuse`, :func:`fold`,
+:func:`set_memory`.
+
+A module is switched by exchanging its class, so that parameters, buffers, hooks, flags and names stay the very same
+objects. The new class inherits from a fused module and from the original class: ``isinstance`` keeps its answer
+and the original's other methods keep working. torchvision's classes are known; any other block is executed once
+symbolically (torch.fx) and switched only if its ``forward`` is exactly what the fused one computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from resnet_fused.autograd import MEMORY_MODES
+from resnet_fused.models import ResNet
+from resnet_fused.modules import BasicBlock, Bottleneck, ConvBNAct2d, ResBlk
+from resnet_fused.recognise import (
+    any_global_hooks,
+    conv_reason,
+    frozen_batch_norm,
+    is_hooked,
+    is_identity,
+    is_relu,
+    norm_reason,
+)
+from resnet_fused.sequential import FusedSequential, FusedUnit, run_at, runs_of
+
+__all__ = ["Entry", "FuseReport", "fold", "fuse", "set_memory", "unfuse"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a :class:`FuseReport`.
+
+    ``name``: the module's name in the model, empty for the model itself; ``kind``: what it was taken for;
+    ``original``: its class before; ``status``: ``"fused"`` or ``"left"``; ``reason``: what is fused in it, or why it
+    was left.
+    """
+
+    name: str
+    kind: str
+    original: type
+    status: str
+    reason: str
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse` did, one :class:`Entry` per module it considered. ``str()`` gives a table."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Entry]:
+        """The entries of modules that run fused."""
+        return [e for e in self.entries if e.status == "fused"]
+
+    @property
+    def left(self) -> list[Entry]:
+        """The entries of modules that were left as they are."""
+        return [e for e in self.entries if e.status == "left"]
+
+    def __str__(self) -> str:
+        lines = [f"fused: {len(self.fused)}, left: {len(self.left)}"]
+        rows = [("module", "kind", "class", "status", "what / why")]
+        rows += [(e.name or "(model)", e.kind, e.original.__name__, e.status, e.reason) for e in self.entries]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            lines.append("  ".join([*cells, row[4]]))
+        return "\n".join(lines)
+
+
+class _Left(Exception):
+    """Why a module stays as it is."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Classes
+
+
+class _Silent(NamedTuple):
+    """A ReLU, Identity or Sequential of a traced module that fused execution does not call."""
+
+    path: str
+    cls: type
+    length: int
+
+    def unchanged(self, module: nn.Module) -> bool:
+        child = _descend(module, self.path)
+        return type(child) is self.cls and len(child._modules) == self.length and not is_hooked(child)
+
+
+# What a fused forward reads where the original has no such attribute.
+_DEFAULTS = {"relu": nn.ReLU(), "extra": nn.Sequential()}
+
+
+def _descend(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split("."):
+        module = module._modules[name]
+    return module
+
+
+@functools.cache
+def _fused_class(
+    base: type,
+    original: type,
+    aliases: tuple[tuple[str, str | None], ...] = (),
+    final_relu: bool | None = None,
+    silent: tuple[_Silent, ...] = (),
+) -> type:
+    """A class that runs as ``base`` and is an ``original`` otherwise.
+
+    ``aliases``: attributes that ``base`` reads, each with the path of the child it stands for, or None for its
+    default. ``final_relu``: given where ``base`` lets it be chosen. ``silent``: children that have to be as they
+    were for the fused forward to be right.
+    """
+    if base is FusedSequential and original is nn.Sequential:
+        return FusedSequential
+    spec = (base, original, aliases, final_relu, silent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any_global_hooks() or not all(s.unchanged(self) for s in silent):
+            return original.forward(self, x)
+        return base.forward(self, x)
+
+    def __reduce_ex__(self, protocol):
+        # The class has no name to be found by: it is made again from its specification.
+        constructor, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
+        if arguments[:1] != (type(self),):
+            return constructor, arguments, *rest  # the original class has a pickling of its own
+        return _new_instance, spec, *rest
+
+    namespace: dict[str, Any] = {
+        "__doc__": original.__doc__,
+        "__init__": original.__init__,
+        "__module__": original.__module__,
+        "__reduce_ex__": __reduce_ex__,
+        "_original_class": original,
+        "_aliases": dict(aliases),
+        "_silent": silent,
+    }
+    if silent:
+        namespace["forward"] = forward
+    if final_relu is not None:
+        namespace["final_relu"] = final_relu
+    for name, path in aliases:
+        namespace[name] = _DEFAULTS.get(name) if path is None else _alias(path)
+    try:
+        return type(f"Fused{original.__name__}", (base, original), namespace)
+    except TypeError as error:  # metaclasses or orders of inheritance that do not go together
+        raise _Left(f"{original.__name__}: {error}") from None
+
+
+def _alias(path: str) -> property:
+    return property(lambda self: _descend(self, path))
+
+
+def _new_instance(*spec) -> nn.Module:
+    cls = _fused_class(*spec)
+    return cls.__new__(cls)
+
+
+def _switch(module: nn.Module, cls: type) -> None:
+    try:
+        module.__class__ = cls
+    except TypeError as error:  # __slots__
+        raise _Left(f"{type(module).__name__}: {error}") from None
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return getattr(type(module).forward, "__module__", "").startswith(f"{__package__}.")
+
+
+def _original_class(module: nn.Module) -> type:
+    return getattr(type(module), "_original_class", type(module))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a forward computes, from its symbolic execution
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_IN_PLACE = (operator.iadd, "add_")
+
+
+class _Structure(NamedTuple):
+    """A chain of (convolution, batch norm) pairs with a ReLU between them; perhaps a shortcut, perhaps a ReLU.
+
+    Children by path; ``shortcut``: None without an addition, ``""`` if the input itself is added.
+    """
+
+    pairs: tuple[tuple[str | None, str | None], ...]
+    shortcut: str | None
+    final_relu: bool
+    silent: tuple[_Silent, ...]
+
+
+def _context() -> tuple:
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+class _Tracer(fx.Tracer):
+    """Records calls of a module's children without looking into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = _context()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if m not in self.submodule_paths and is_relu(m):
+            return forward(*args, **kwargs)  # nn.ReLU()(x), made for the occasion
+        return super().call_module(m, forward, args, kwargs)
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _context() != self.context:
+            raise _Left("forward changes grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _random_state() -> tuple:
+    return random.getstate(), torch.get_rng_state().tolist()
+
+
+def _trace(module: nn.Module, training: bool) -> fx.Graph:
+    # What forward assigns to its module stays in the twin; children are shared.
+    twin = copy.copy(module)
+    twin.training = training
+    attributes = dict(twin.__dict__)
+    state = _random_state()
+    try:
+        graph = _Tracer().trace(twin)
+    except _Left:
+        raise
+    except Exception as error:  # anything may go wrong in a forward that is given a symbol
+        message = str(error).strip().partition("\n")[0]
+        raise _Left(f"forward cannot be traced: {message or type(error).__name__}") from None
+    if _random_state() != state:
+        raise _Left("forward draws random numbers")
+    if twin.__dict__.keys() != attributes.keys() or any(twin.__dict__[k] is not v for k, v in attributes.items()):
+        raise _Left("forward assigns to attributes of its module")
+    return graph
+
+
+class _Matcher:
+    """Reads a :class:`_Structure` off a graph, from the output back to the input."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph):
+        self.module = module
+        self.nodes = list(graph.nodes)
+        self.read: set[fx.Node] = set()
+        self.silent: dict[str, _Silent] = {}
+
+    def structure(self) -> _Structure:
+        inputs = [node for node in self.nodes if node.op == "placeholder"]
+        if len(inputs) != 1:
+            raise _Left(f"forward takes {len(inputs)} inputs")
+        self.input = inputs[0]
+        node = self.nodes[-1].args[0]
+        if not isinstance(node, fx.Node):
+            raise _Left(f"forward returns a {type(node).__name__}")
+        before = self.relu_operand(node)
+        end = node if before is None else before
+        if end is self.input:
+            raise _Left("forward has no convolution")
+        operands = self.addition_operands(end)
+        if operands is None:
+            steps, shortcut = self.steps(node), None
+        else:
+            if before is not None:
+                self.note_relu(node)
+            steps, shortcut = self.branches(end, *operands)
+        pairs, relu = self.pairs(steps)
+        unread = [n for n in self.nodes if n not in self.read and n.op not in ("placeholder", "output")]
+        if unread:
+            raise _Left(f"forward also does {self.describe(unread[0])}, which no fused module computes")
+        final_relu = relu if operands is None else before is not None
+        if operands is not None and relu:
+            raise _Left("a ReLU stands before the addition")
+        return _Structure(pairs, shortcut, final_relu, tuple(self.silent.values()))
+
+    def describe(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return f"{node.target} ({type(_descend(self.module, node.target)).__name__})"
+        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+    def relu_operand(self, node: fx.Node) -> fx.Node | None:
+        """The input of ``node`` if it is a ReLU."""
+        relu = (
+            (node.op == "call_function" and node.target in _RELUS)
+            or (node.op == "call_method" and node.target in ("relu", "relu_"))
+            or (node.op == "call_module" and is_relu(_descend(self.module, node.target)))
+        )
+        return self.operand(node) if relu else None
+
+    def operand(self, node: fx.Node) -> fx.Node:
+        operand = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(operand, fx.Node) or len(node.all_input_nodes) != 1:
+            raise _Left(f"{self.describe(node)} has other operands than a tensor")
+        return operand
+
+    def addition_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        added = (node.op == "call_function" and node.target in _ADDITIONS) or (
+            node.op == "call_method" and node.target in ("add", "add_")
+        )
+        if not added:
+            return None
+        if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+            raise _Left("the addition is not of two tensors")
+        return node.args
+
+    def note_relu(self, node: fx.Node) -> None:
+        self.read.add(node)
+        if node.op == "call_module":
+            self.note_silent(node.target)
+
+    def note_silent(self, path: str) -> None:
+        child = _descend(self.module, path)
+        self.silent[path] = _Silent(path, type(child), len(child._modules))
+
+    def branches(self, addition: fx.Node, a: fx.Node, b: fx.Node) -> tuple[list[tuple[str, str]], str]:
+        """The steps of the main branch and the shortcut's path, which may be added in either order."""
+        self.read.add(addition)
+        first_reason = None
+        for main, side in ((a, b), (b, a)):
+            if addition.target in _IN_PLACE and main is not a:
+                continue  # the shortcut, perhaps the block's own input, would be overwritten
+            if side is self.input:
+                shortcut = ""
+            elif side.op == "call_module" and side.args == (self.input,) and not side.kwargs:
+                shortcut = side.target
+            else:
+                continue
+            read = set(self.read)
+            try:
+                steps = self.steps(main)
+            except _Left as reason:
+                first_reason = first_reason or reason
+                self.read = read
+                continue
+            if side is not self.input:
+                self.sole_use(side)
+                self.read.add(side)
+            return steps, shortcut
+        raise first_reason or _Left("what is added is neither the input nor a child's output of it")
+
+    def sole_use(self, node: fx.Node) -> None:
+        if len(node.users) != 1:
+            raise _Left(f"the result of {self.describe(node)} is used {len(node.users)} times")
+
+    def steps(self, node: fx.Node) -> list[tuple[str, str]]:
+        """(kind, path) of the layers between the input and ``node``, in the order of execution."""
+        found: list[tuple[str, str]] = []
+        while node is not self.input:
+            self.sole_use(node)
+            operand = self.relu_operand(node)
+            if operand is not None:
+                self.note_relu(node)
+                found.insert(0, ("relu", ""))
+            elif node.op == "call_module":
+                operand = self.operand(node)
+                found[:0] = self.layers(node.target)
+            else:
+                raise _Left(f"forward does {self.describe(node)}, which no fused module computes")
+            self.read.add(node)
+            node = operand
+        return found
+
+    def layers(self, path: str) -> list[tuple[str, str]]:
+        child = _descend(self.module, path)
+        if is_relu(child) or is_identity(child):
+            self.note_silent(path)
+            return [("relu" if is_relu(child) else "identity", path)]
+        if type(child) in (nn.Sequential, FusedSequential) and not is_hooked(child):
+            self.note_silent(path)
+            return [step for name in child._modules for step in self.layers(f"{path}.{name}")]
+        if isinstance(child, nn.Conv2d):
+            kind, reason = "conv", conv_reason(child)
+        elif isinstance(child, _NormBase) or "norm" in type(child).__name__.lower():
+            kind, reason = "norm", norm_reason(child)
+        else:
+            kind = reason = f"{type(child).__name__}{' with hooks' if is_hooked(child) else ''}"
+        if reason is not None:
+            raise _Left(f"{path}: {reason}")
+        return [(kind, path)]
+
+    def pairs(self, steps: list[tuple[str, str]]) -> tuple[tuple[tuple[str | None, str | None], ...], bool]:
+        """The chain's (convolution, batch norm) pairs, and whether it ends in a ReLU."""
+        pairs: list[tuple[str | None, str | None]] = []
+        relu = True  # the state in which a pair may begin
+        for kind, path in steps:
+            conv, norm = pairs[-1] if pairs else (None, None)
+            if kind == "conv" and relu:
+                pairs.append((path, None))
+                relu = False
+            elif kind == "norm" and not relu and norm is None:
+                pairs[-1] = (conv, path)
+            elif kind == "norm" and not pairs:
+                pairs.append((None, path))
+                relu = False
+            elif kind == "relu" and not relu:
+                relu = True
+            elif kind == "identity":
+                # Behind a convolution it is a batch norm that was folded, elsewhere nothing.
+                if pairs and not relu and norm is None:
+                    pairs[-1] = (conv, path)
+                    self.silent.pop(path)
+            else:
+                order = ", ".join(kind for kind, _ in steps)
+                raise _Left(f"its layers are {order}")
+        children = [_descend(self.module, path) for pair in pairs for path in pair if path is not None]
+        if len(set(map(id, children))) != len(children):
+            raise _Left("a child is used more than once")
+        return tuple(pairs), relu and bool(pairs)
+
+
+def _structure_of(module: nn.Module) -> _Structure:
+    """What ``module.forward`` computes, in training and in evaluation. Raises :class:`_Left`."""
+    structures = [_Matcher(module, _trace(module, training)).structure() for training in (True, False)]
+    if structures[0] != structures[1]:
+        raise _Left("forward differs between training and evaluation")
+    return structures[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recognition
+
+
+class _Plan(NamedTuple):
+    """How to switch a module: its kind, its new class, and what that fuses."""
+
+    kind: str
+    cls: type
+    what: str
+
+
+_PAIRS: dict[type, tuple[tuple[str, str], ...]] = {
+    BasicBlock: (("conv1", "bn1"), ("conv2", "bn2")),
+    Bottleneck: (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+    ResBlk: (("conv1", "bn1"), ("conv2", "bn2")),
+    ResNet: (("conv1", "bn1"),),
+    FusedUnit: (("conv", "bn"),),
+    ConvBNAct2d: (("conv", "bn"),),
+}
+_SHORTCUT = {BasicBlock: "downsample", Bottleneck: "downsample", ResBlk: "extra"}
+_KINDS = {
+    BasicBlock: "basic block",
+    Bottleneck: "bottleneck",
+    ResBlk: "residual block",
+    ResNet: "network",
+    FusedUnit: "unit",
+    ConvBNAct2d: "unit",
+    FusedSequential: "sequence",
+}
+
+
+def _base_of(module: nn.Module) -> type | None:
+    return next((base for base in (*_PAIRS, FusedSequential) if isinstance(module, base)), None)
+
+
+def _torchvision_base(module: nn.Module) -> tuple[type, type] | None:
+    """The fused counterpart of a torchvision network or block, and the torchvision class."""
+    resnet = sys.modules.get("torchvision.models.resnet")  # without it no module can be one of its classes
+    if resnet is None:
+        return None
+    counterparts = ((BasicBlock, resnet.BasicBlock), (Bottleneck, resnet.Bottleneck), (ResNet, resnet.ResNet))
+    return next((pair for pair in counterparts if isinstance(module, pair[1])), None)
+
+
+def _check_children(module: nn.Module, base: type) -> None:
+    for names in _PAIRS[base]:
+        for name, reason_of in zip(names, (conv_reason, norm_reason), strict=True):
+            child = getattr(module, name)
+            reason = None if name.startswith("bn") and is_identity(child) else reason_of(child)
+            if reason is not None:
+                raise _Left(f"{name}: {reason}")
+    if not is_relu(module.relu):
+        hooked = " with hooks" if is_hooked(module.relu) else ""
+        raise _Left(f"relu: {type(module.relu).__name__}{hooked} is not a plain nn.ReLU")
+
+
+def _plan_torchvision(module: nn.Module, base: type, original: type) -> _Plan:
+    if any(getattr(type(module), f, None) is not getattr(original, f, None) for f in ("forward", "_forward_impl")):
+        raise _Left(f"{type(module).__name__} overrides {original.__name__}.forward")
+    _check_children(module, base)
+    what = "stem conv1+bn1+relu" if base is ResNet else _shortcut_text(getattr(module, "downsample", None))
+    return _Plan(_KINDS[base], _fused_class(base, type(module)), what)
+
+
+def _shortcut_text(shortcut: nn.Module | None) -> str:
+    if is_identity(shortcut):
+        return "identity shortcut"
+    return "projection shortcut" if _is_projection(shortcut) else f"shortcut {type(shortcut).__name__}"
+
+
+def _is_projection(module: nn.Module | None) -> bool:
+    """A convolution and its batch norm, which a block fuses with its join."""
+    if not isinstance(module, nn.Sequential) or is_hooked(module) or len(module) != 2:
+        return False
+    run = run_at(list(module), 0)
+    return run is not None and run.length == 2 and not run.relu
+
+
+def _plan_traced(module: nn.Module) -> _Plan:
+    structure = _structure_of(module)
+    pairs, shortcut = structure.pairs, structure.shortcut
+    if shortcut is None:
+        if len(pairs) != 1:
+            raise _Left(f"{len(pairs)} convolutions without a shortcut")
+        base = FusedUnit
+    elif any(None in pair for pair in pairs):
+        raise _Left("a convolution without a batch norm")
+    elif len(pairs) == 2:
+        base = BasicBlock if structure.final_relu and not hasattr(module, "extra") else ResBlk
+    elif len(pairs) == 3 and structure.final_relu:
+        base = Bottleneck
+    else:
+        raise _Left(f"a block of {len(pairs)} convolutions{'' if structure.final_relu else ' without a last ReLU'}")
+
+    roles: dict[str, str | None] = {}
+    for names, paths in zip(_PAIRS[base], pairs, strict=True):
+        roles.update(zip(names, paths, strict=True))
+    if base is not FusedUnit:
+        roles[_SHORTCUT[base]] = shortcut or None
+    if base in (BasicBlock, Bottleneck):
+        roles["relu"] = None
+    aliases = tuple((role, path) for role, path in roles.items() if _needs_alias(module, role, path))
+    final_relu = structure.final_relu if base in (FusedUnit, ResBlk) else None
+    if base is FusedUnit:
+        what = "+".join(
+            name for name, there in (("conv", pairs[0][0]), ("bn", pairs[0][1]), ("relu", final_relu)) if there
+        )
+    else:
+        what = _shortcut_text(_descend(module, shortcut) if shortcut else None)
+    return _Plan(_KINDS[base], _fused_class(base, type(module), aliases, final_relu, structure.silent), what)
+
+
+def _needs_alias(module: nn.Module, role: str, path: str | None) -> bool:
+    """Whether the name that fused code reads has to be added; refused if it already means something else."""
+    if path == role:
+        return False
+    if not hasattr(module, role):
+        return True
+    present = getattr(module, role)
+    if path is None and (is_relu(present) if role == "relu" else is_identity(present)):
+        return False
+    raise _Left(f"its attribute {role!r} has another role")
+
+
+def _plan_sequence(module: nn.Sequential) -> _Plan | None:
+    """None for a sequence without a convolution or batch norm of its own."""
+    layers = list(module)
+    counts: Counter[str] = Counter()
+    remarks = []
+    for position, run in runs_of(layers):
+        reason = None if run.conv is None else conv_reason(run.conv)
+        if reason is None and not is_identity(run.norm):
+            reason = norm_reason(run.norm)
+        if reason is None:
+            counts[str(run)] += 1
+        else:
+            remarks.append(f"{_position(module, position)}: {reason}")
+    covered = {i for position, run in runs_of(layers) for i in range(position, position + run.length)}
+    for i, layer in enumerate(layers):
+        if i in covered or not isinstance(layer, nn.Conv2d | _NormBase):
+            continue
+        reason = conv_reason(layer) if isinstance(layer, nn.Conv2d) else norm_reason(layer)
+        if reason is None:
+            follower = type(layers[i + 1]).__name__ if i + 1 < len(layers) else "the end"
+            reason = f"{type(layer).__name__} before {follower}"
+        remarks.append(f"{_position(module, i)}: {reason}")
+    if not counts and not remarks:
+        return None
+    if not counts:
+        raise _Left("; ".join(remarks))
+    what = ", ".join(f"{count} {name}" for name, count in counts.items())
+    if remarks:
+        what += f" (alone: {'; '.join(remarks)})"
+    return _Plan(_KINDS[FusedSequential], _fused_class(FusedSequential, type(module)), what)
+
+
+def _position(module: nn.Module, index: int) -> str:
+    return list(module._modules)[index]
+
+
+def _has_own_layers(module: nn.Module) -> bool:
+    return any(isinstance(c, nn.Conv2d | _NormBase) or frozen_batch_norm(c) for c in module.children())
+
+
+def _has_block_sequence(module: nn.Module) -> bool:
+    """Whether a child is a sequence of two or three convolutions with batch norm, as of a residual block."""
+    for child in module.children():
+        if type(child) in (nn.Sequential, FusedSequential):
+            runs = [run for _, run in runs_of(list(child))]
+            if len(runs) in (2, 3) and all(run.conv is not None and run.norm is not None for run in runs):
+                return True
+    return False
+
+
+def _plan(module: nn.Module) -> _Plan | None:
+    """How to switch ``module``; None if there is nothing to say about it. Raises :class:`_Left`."""
+    if type(module).forward is nn.Module.forward:
+        return None  # a container
+    if isinstance(module, fx.GraphModule):
+        raise _Left("a torch.fx graph calls its layers one by one")
+    known = _torchvision_base(module)
+    if known is not None and (known[0] is ResNet or type(module).forward is known[1].forward):
+        plan = functools.partial(_plan_torchvision, module, *known)
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        plan = functools.partial(_plan_sequence, module)
+    elif _has_own_layers(module):
+        plan = functools.partial(_plan_traced, module)
+    elif _has_block_sequence(module):
+        try:
+            return _plan_traced(module)
+        except _Left:
+            return None  # its sequences are reported by themselves
+    else:
+        return None
+    if "forward" in module.__dict__:
+        raise _Left("its forward is replaced on the instance")
+    found = plan()
+    if found is not None and hasattr(module, "memory"):
+        raise _Left("its attribute 'memory' has another role")
+    return found
+
+
+def _covered(module: nn.Module) -> Iterator[nn.Module]:
+    """The sequences inside a fused block that the block runs itself."""
+    shortcut = _SHORTCUT.get(_base_of(module))
+    if shortcut is not None and _is_projection(getattr(module, shortcut)):
+        yield getattr(module, shortcut)
+    for silent in getattr(type(module), "_silent", ()):
+        yield _descend(module, silent.path)
+
+
+def _kind_of_left(module: nn.Module) -> str:
+    known = _torchvision_base(module)
+    if known is not None:
+        return _KINDS[known[0]]
+    return _KINDS[FusedSequential] if isinstance(module, nn.Sequential) else "module"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The public functions
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def fuse(model: nn.Module, verbose: bool = False) -> FuseReport:
+    """Switch ``model`` to fused execution, in place.
+
+    Recognised are torchvision's ResNet, BasicBlock and Bottleneck; residual blocks of two or three convolutions
+    and modules of one convolution, batch norm and ReLU, under any names, if tracing their ``forward`` shows
+    that they compute just that; and convolution, batch norm and ReLU neighbours in an ``nn.Sequential``. A
+    module's structure is read now: attributes that steer its ``forward`` should not be changed afterwards without
+    :func:`unfuse`. Children may be replaced and hooked at any time.
+
+    Parameters, buffers, hooks, state_dict and flags are untouched, and the results are those of the original up
+    to rounding. Fusing a second time changes nothing.
+
+    Args:
+        model: any module; it may be a block itself.
+        verbose: print the report.
+
+    Returns:
+        what was fused, and what was left and why.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    _check_model(model)
+    report = FuseReport()
+    skipped: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in skipped:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            skipped.update(module.modules())
+            report.entries.append(Entry(name, "module", type(module), "left", "compiled by TorchScript"))
+            continue
+        original = type(module)
+        if _is_ours(module):
+            base = _base_of(module)
+            if base is None:
+                continue
+            original = _original_class(module)
+            entry = Entry(name, _KINDS[base], original, "fused", "already")
+        else:
+            try:
+                plan = _plan(module)
+                if plan is None:
+                    continue
+                _switch(module, plan.cls)
+                entry = Entry(name, plan.kind, original, "fused", plan.what)
+            except _Left as reason:
+                entry = Entry(name, _kind_of_left(module), original, "left", str(reason))
+        report.entries.append(entry)
+        if entry.status == "fused":
+            skipped.update(_covered(module))
+    if verbose:
+        print(report)
+    return report
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo :func:`fuse`, in place: every module gets its original class back. Returns ``model``.
+
+    Modules that were made as this package's own (``resnet_fused.BasicBlock(...)``) stay; a ``FusedSequential``
+    becomes an ``nn.Sequential``.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    _check_model(model)
+    for module in model.modules():
+        original = _original_class(module)
+        if original is not type(module):
+            module.__class__ = original
+            module.__dict__.pop("memory", None)
+    return model
+
+
+def set_memory(model: nn.Module, memory: str) -> int:
+    """Choose what the fused modules in ``model`` keep for backward.
+
+    Args:
+        model: any module.
+        memory: ``"default"`` or ``"minimal"``, see :func:`resnet_fused.functional.residual`.
+
+    Returns:
+        how many modules were set; 0 if none is fused.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        ValueError: if ``memory`` is anything else.
+    """
+    _check_model(model)
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory: expected one of {MEMORY_MODES}, got {memory!r}")
+    chosen = [m for m in model.modules() if _is_ours(m) and hasattr(type(m), "memory")]
+    for module in chosen:
+        module.memory = memory
+    return len(chosen)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, its batch norms folded into the convolutions before them.
+
+    The copy is fused, in evaluation mode, and none of its parameters requires a gradient. Each folded batch norm
+    is an ``nn.Identity``; the convolution has the product as its weight and a bias, computed in float64. Not folded
+    are batch norms that :func:`fuse` does not find behind a convolution, that keep no running statistics, that
+    share a convolution or are shared, and pairs with hooks.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    _check_model(model)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # In evaluation a SyncBatchNorm is a batch norm; those that are not folded get their class back.
+    synchronised = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]
+    for module in synchronised:
+        module.__class__ = nn.BatchNorm2d
+    fuse(model)
+    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for parent, conv_path, norm_path in [p for m in model.modules() for p in _folding_pairs(m)]:
+        conv, norm = _descend(parent, conv_path), _descend(parent, norm_path)
+        if (
+            conv_reason(conv) is None
+            and norm_reason(norm) is None
+            and norm.running_mean is not None
+            and norm.running_var is not None
+            and uses[id(conv)] == uses[id(norm)] == 1
+        ):
+            _fold_pair(conv, norm)
+            owner, _, name = norm_path.rpartition(".")
+            (_descend(parent, owner) if owner else parent)._modules[name] = nn.Identity().eval()
+    for module in synchronised:
+        module.__class__ = nn.SyncBatchNorm
+    return model
+
+
+def _folding_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(parent, path of a convolution, path of the batch norm behind it) that ``module`` runs fused."""
+    if not _is_ours(module):
+        return
+    base = _base_of(module)
+    if base is FusedSequential:
+        yield from _sequence_pairs(module)
+    for names in _PAIRS.get(base, ()):
+        aliases = getattr(type(module), "_aliases", {})
+        conv, norm = (aliases.get(name, name) for name in names)
+        if conv is not None and norm is not None:
+            yield module, conv, norm
+    for child in _covered(module):
+        # A main branch's sequences have their pairs among the aliases above.
+        if _is_projection(child):
+            yield from _sequence_pairs(child)
+
+
+def _sequence_pairs(module: nn.Sequential) -> Iterator[tuple[nn.Module, str, str]]:
+    names: Sequence[str] = list(module._modules)
+    for position, run in runs_of(list(module)):
+        if run.conv is not None and run.norm is not None:
+            yield module, names[position], names[position + 1]
+
+
+def _fold_pair(conv: nn.Conv2d, norm: nn.Module) -> None:
+    dtype = conv.weight.dtype
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, variance, gamma, beta = (None if t is None else t.detach().double() for t in tensors)
+    weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gamma, beta)
+    conv.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Builds resnet_fused and its one extension, resnet_fused._C, against the torch that is installed.
+
+    pip install --no-build-isolation .
+
+Environment: FORCE_CUDA=1 builds the CUDA kernels without a visible GPU, TORCH_CUDA_ARCH_LIST says for which
+GPUs, CXX names the compiler, MAX_JOBS bounds parallel compilation, RESNET_FUSED_WERROR=1 turns warnings into
+errors.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+TORCH_MIN, TORCH_END = (2, 11), (2, 16)
+DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+
+CPP_SOURCES = [
+    "csrc/bindings/library.cpp",
+    "csrc/bindings/bn_ops.cpp",
+    "csrc/bindings/module.cpp",
+    "csrc/cpu/bn_cpu.cpp",
+    "csrc/cpu/kernels_baseline.cpp",
+    "csrc/cpu/kernels_avx2.cpp",
+    "csrc/cpu/kernels_avx512.cpp",
+]
+CUDA_SOURCES: list[str] = []
+
+# No -march: the files in csrc/cpu name their instruction set themselves and are chosen between at run time.
+# -fopenmp, when compiling only: at::parallel_for is an inline function that runs serially without it. Linking
+# with it would load the system's OpenMP next to the one in torch, with a second pool of threads; left
+# undefined, its functions are found in torch's.
+CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra"]
+# None may contain the letters "arch", or torch drops what it makes of TORCH_CUDA_ARCH_LIST. Include paths,
+# which may, belong in include_dirs.
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]
+
+CXX20_PROBE = "#include <concepts>\ntemplate <std::integral T> T twice(T x) { return x + x; }\n"
+
+
+def import_torch():
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise SystemExit(
+            "resnet_fused: no torch in the build environment. The extension is compiled against the torch that "
+            "will load it, so install torch first, then build without isolation:\n"
+            "    pip install --no-build-isolation ."
+        ) from None
+    return torch
+
+
+def check_torch_version(version: str) -> None:
+    major, minor = version.split(".")[:2]
+    if not TORCH_MIN <= (int(major), int(minor)) < TORCH_END:
+        raise SystemExit(
+            f"resnet_fused {VERSION} needs torch >= {TORCH_MIN[0]}.{TORCH_MIN[1]}, "
+            f"< {TORCH_END[0]}.{TORCH_END[1]}; installed is {version}"
+        )
+
+
+def use_cuda(sources: list[str], torch_cuda: str | None, nvcc: bool, gpu: bool, force: bool) -> bool:
+    """Whether to build the CUDA sources; stops where they were asked for and can't be built."""
+    if force and torch_cuda is None:
+        raise SystemExit("resnet_fused: FORCE_CUDA=1, but the installed torch is built without CUDA")
+    if force and not nvcc:
+        raise SystemExit(
+            f"resnet_fused: FORCE_CUDA=1, but no nvcc was found. Install the CUDA toolkit {torch_cuda}, the "
+            "version that torch was built with, and put its nvcc on PATH or its folder into CUDA_HOME"
+        )
+    return bool(sources) and torch_cuda is not None and nvcc and (gpu or force)
+
+
+def cuda_arch_list(environ) -> str:
+    return environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCH_LIST
+
+
+def check_compiler(cxx: str) -> None:
+    command = [*shlex.split(cxx), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        probe = subprocess.run(command, input=CXX20_PROBE, capture_output=True, text=True)
+        problem = probe.stderr if probe.returncode else None
+    except OSError as error:
+        problem = str(error)
+    if problem is not None:
+        raise SystemExit(
+            f"resnet_fused: needs a C++20 compiler, GCC 11 for example; '{cxx}' is none:\n{problem}\n"
+            "Install one (Debian, Ubuntu: apt-get install g++), or name one: CXX=/path/to/g++"
+        )
+
+
+def find_toolkit(environ) -> None:
+    """Sets CUDA_HOME where `nvcc` on PATH is a link to a toolkit elsewhere, or a script that calls it.
+
+    torch would take the folder above this nvcc, and find neither headers nor libraries there.
+    """
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc is None or environ.get("CUDA_HOME") or environ.get("CUDA_PATH"):
+        return
+    commands = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", commands, re.MULTILINE)
+    if top and Path(top[1], "include", "cuda_runtime.h").exists():
+        environ["CUDA_HOME"] = os.path.normpath(top[1])
+
+
+def make_extension(torch, environ):
+    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
+
+    nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
+    force = environ.get("FORCE_CUDA") == "1"
+    cuda = use_cuda(CUDA_SOURCES, torch.version.cuda, nvcc, torch.cuda.is_available(), force)
+    cxx_flags, nvcc_flags = list(CXX_FLAGS), list(NVCC_FLAGS)
+    if environ.get("RESNET_FUSED_WERROR") == "1":
+        cxx_flags.append("-Werror")
+        nvcc_flags.append("-Werror=all-warnings")
+    macros = [("RESNET_FUSED_VERSION", f'"{VERSION}"')]
+    if cuda:
+        macros.append(("RESNET_FUSED_WITH_CUDA", None))
+        environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(environ)
+    extension = (CUDAExtension if cuda else CppExtension)(
+        name="resnet_fused._C",
+        sources=CPP_SOURCES + (CUDA_SOURCES if cuda else []),
+        depends=[str(p) for p in sorted(Path("csrc").rglob("*")) if p.suffix in {".h", ".inl", ".cuh"}],
+        define_macros=macros,
+    )
+    if cuda:  # A toolkit that is only a compiler: the headers come with torch. Last, so that a whole one wins.
+        wheels = Path(torch.__file__).parents[1] / "nvidia"
+        extension.include_dirs += [str(path) for path in sorted(wheels.glob("*/include"))]
+    # Only other people's headers are here: as system headers, their warnings don't show.
+    cxx_flags += [flag for path in extension.include_dirs for flag in ("-isystem", path)]
+    extension.extra_compile_args = {"cxx": cxx_flags, "nvcc": nvcc_flags}
+    return extension
+
+
+def main() -> None:
+    torch = import_torch()
+    check_torch_version(torch.__version__)
+    find_toolkit(os.environ)
+    # Imported late, since it looks for the CUDA toolkit when imported.
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildChecked(BuildExtension):
+        def finalize_options(self) -> None:
+            # Objects stay between builds; an editable install would take a new folder and compile all of it.
+            self.build_temp = self.build_temp or f"build/{sys.implementation.cache_tag}"
+            super().finalize_options()
+            self.force = True  # ninja knows what to build; setuptools alone misses another torch, other flags
+
+        def build_extensions(self) -> None:
+            check_compiler(os.environ.get("CXX", "c++"))
+            super().build_extensions()
+
+    torch_range = f"torch>={TORCH_MIN[0]}.{TORCH_MIN[1]},<{TORCH_END[0]}.{TORCH_END[1]}"
+    setup(
+        name="resnet_fused",
+        version=VERSION,
+        description="Fused residual blocks for PyTorch: convolution, batch norm, ReLU and shortcut",
+        license="BSD-3-Clause",
+        packages=find_packages(include=["resnet_fused", "resnet_fused.*"]),
+        package_data={"resnet_fused": ["py.typed"]},
+        python_requires=">=3.10",
+        install_requires=[torch_range],
+        extras_require={
+            "test": ["pytest", "torchvision", "scikit-learn"],
+            "bench": ["torchvision", "scikit-learn", "matplotlib"],
+        },
+        ext_modules=[make_extension(torch, os.environ)],
+        cmdclass={"build_ext": BuildChecked},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""First and second derivatives of every block in float64, and what is kept for backward."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused import functional
+from resnet_fused.functional import Conv, Norm, Unit
+
+IN = 4
+
+
+def projection(channels, stride=1, bias=False):
+    return nn.Sequential(nn.Conv2d(IN, channels, 1, stride, bias=bias), nn.BatchNorm2d(channels))
+
+
+def pooled():
+    """ResNet-D's shortcut: arbitrary to a block."""
+    return nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(IN, 8, 1), nn.BatchNorm2d(8))
+
+
+BLOCKS = {
+    "conv_bn_relu": lambda: rf.ConvBNAct2d(IN, 5, bias=True),
+    "conv_bn": lambda: rf.ConvBNAct2d(IN, 5, stride=2, relu=False),
+    "bn_relu": lambda: rf.BatchNormAct2d(IN),
+    "bn_relu_no_affine": lambda: rf.BatchNormAct2d(IN, affine=False),
+    "basic_identity": lambda: rf.BasicBlock(IN, IN),
+    "basic_projection": lambda: rf.BasicBlock(IN, 8, 2, projection(8, 2)),
+    "basic_arbitrary": lambda: rf.BasicBlock(IN, 8, 2, pooled()),
+    "bottleneck_identity": lambda: rf.Bottleneck(IN, 1),
+    "bottleneck_projection": lambda: rf.Bottleneck(IN, 2, 2, projection(8, 2)),
+    "bottleneck_grouped_dilated": lambda: rf.Bottleneck(IN, 1, 1, None, 2, 64, 2),
+    "resblk": lambda: rf.ResBlk(IN, IN),
+    "resblk_projection": lambda: rf.ResBlk(IN, 6, 2),
+    "resblk_no_relu": lambda: rf.ResBlk(IN, IN, relu=False),
+}
+
+
+def make(name, mode):
+    block = BLOCKS[name]().double()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.5)
+    for b in block.buffers():
+        if b.is_floating_point():
+            nn.init.uniform_(b, 0.5, 1.5)
+    block.train(mode == "train")
+    if mode == "frozen":  # training with batch norm in evaluation
+        block.train()
+        for m in block.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    return block
+
+
+def as_function(block):
+    names = [n for n, _ in block.named_parameters()]
+
+    def run(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
+
+    return run
+
+
+def is_fused(z):
+    return type(z.grad_fn).__name__ == "_BlockBackward"
+
+
+@pytest.mark.parametrize("memory", ["default", "minimal"])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients(name, mode, memory):
+    block = make(name, mode)
+    block.memory = memory
+    x = torch.randn(2, IN, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert is_fused(block(x))
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_second_derivatives(name, mode):
+    block = make(name, mode)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_shortcut_from_elsewhere(relu):
+    x, s = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, g, b = (torch.randn(*v, dtype=torch.float64, requires_grad=True) for v in ((3, 3, 3, 3), (3,), (3,)))
+
+    def run(x, s, w, g, b):
+        return functional.conv_bn_act(x, Conv(w, padding=(1, 1)), Norm(g, b), relu, s)
+
+    assert torch.autograd.gradcheck(run, (x, s, w, g, b))
+    assert torch.autograd.gradgradcheck(run, (x, s, w, g, b))
+
+
+def test_gradients_are_the_reference_engines():
+    block = make("basic_projection", "train")
+    x = torch.randn(2, IN, 6, 6, dtype=torch.float64)
+
+    def gradients():
+        b = copy.deepcopy(block)
+        b(x).square().sum().backward()
+        return [p.grad for p in b.parameters()] + list(b.buffers())
+
+    fused = gradients()
+    with rf.engine("reference"):
+        expected = gradients()
+        assert not is_fused(block(x))
+    for a, e in zip(fused, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weights", "norms", "first"])
+def test_only_what_is_asked_for(frozen):
+    block = make("basic_projection", "train")
+    x = torch.randn(2, IN, 6, 6, dtype=torch.float64, requires_grad=frozen != "input")
+    for name, p in block.named_parameters():
+        p.requires_grad_(
+            not (
+                (frozen == "weights" and p.dim() == 4)
+                or (frozen == "norms" and p.dim() == 1)
+                or (frozen == "first" and name.startswith(("conv1", "bn1")))
+            )
+        )
+    everything = copy.deepcopy(block).requires_grad_()
+    full = x.detach().clone().requires_grad_()
+    everything(full).square().sum().backward()
+    block(x).square().sum().backward()
+    pairs = [(x, full), *zip(block.parameters(), everything.parameters(), strict=True)]
+    for got, want in pairs:
+        if got.requires_grad:
+            torch.testing.assert_close(got.grad, want.grad)
+        else:
+            assert got.grad is None
+
+
+def test_backward_twice_and_changed_inputs():
+    block = make("bottleneck_identity", "train")
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64)
+    z = block(x)
+    z.sum().backward(retain_graph=True)
+    first = block.conv2.weight.grad.clone()
+    z.sum().backward()
+    torch.testing.assert_close(block.conv2.weight.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        z.sum().backward()
+    z = block(x)
+    with torch.no_grad():
+        block.conv2.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def kept_bytes(block, x):
+    """Bytes of all distinct storages saved for backward, parameters excepted."""
+    storages = {}
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        z = block(x)
+    assert z.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "bound"), [("BasicBlock", 0.80), ("Bottleneck", 0.87)])
+@pytest.mark.parametrize("projected", [False, True])
+def test_bytes_kept_for_backward(name, bound, projected, dtype):
+    from torchvision.models import resnet
+
+    inplanes, planes = (64, 64) if name == "BasicBlock" else (256, 64)
+    stride, downsample = 1, None
+    if projected:
+        expansion = getattr(resnet, name).expansion
+        inplanes, stride = inplanes // 2, 2
+        downsample = nn.Sequential(
+            nn.Conv2d(inplanes, planes * expansion, 1, 2, bias=False), nn.BatchNorm2d(planes * expansion)
+        )
+    eager = getattr(resnet, name)(inplanes, planes, stride, downsample).to(dtype)
+    fused = getattr(rf, name)(inplanes, planes, stride, copy.deepcopy(downsample)).to(dtype)
+    x = torch.randn(4, inplanes, 32, 32, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    # What eager keeps is counted from the block's own start: its input is a leaf that both keep.
+    by_eager = kept_bytes(eager, x)
+    assert kept_bytes(fused, x) <= bound * by_eager
+    fused.memory = "minimal"
+    assert kept_bytes(fused, x) <= 0.60 * by_eager
+
+
+def test_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    block = make("basic_identity", "train")
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
+    block(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    checkpoint(block, x, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)

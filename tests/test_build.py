@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What setup.py decides and says, without building anything."""
+
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("resnet_fused_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+
+
+def run_setup(tmp_path, torch_source):
+    """Runs `setup.py --version` with a torch that consists of torch_source."""
+    (tmp_path / "torch.py").write_text(torch_source)
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+
+def test_without_torch_says_how_to_build(tmp_path):
+    result = run_setup(tmp_path, "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    assert result.returncode != 0
+    assert "pip install --no-build-isolation ." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_broken_torch_shows_its_own_error(tmp_path):
+    result = run_setup(tmp_path, "import a_module_that_torch_lacks")
+    assert result.returncode != 0
+    assert "a_module_that_torch_lacks" in result.stderr
+    assert "--no-build-isolation" not in result.stderr
+
+
+def test_unsupported_torch_stops_the_build(tmp_path):
+    result = run_setup(tmp_path, "__version__ = '2.10.3+cu128'")
+    assert result.returncode != 0
+    assert "needs torch >= 2.11, < 2.16; installed is 2.10.3+cu128" in result.stderr
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.14.1+cu130", "2.15.0a0+git0123abc", "2.15.9+cpu"])
+def test_supported_torch(version):
+    build.check_torch_version(version)
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.2.2", "2.10.0", "2.16.0", "2.16.0a0+git0123abc", "3.0.0"])
+def test_unsupported_torch(version):
+    with pytest.raises(SystemExit, match=f"installed is {re.escape(version)}$"):
+        build.check_torch_version(version)
+
+
+@pytest.mark.parametrize("sources", [[], ["csrc/cuda/a.cu"]], ids=["no-sources", "sources"])
+@pytest.mark.parametrize("torch_cuda", [None, "13.0"])
+@pytest.mark.parametrize("nvcc", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cuda_unforced_is_built_only_with_all_it_takes(sources, torch_cuda, nvcc, gpu):
+    wanted = sources == ["csrc/cuda/a.cu"] and torch_cuda == "13.0" and nvcc and gpu
+    assert build.use_cuda(sources, torch_cuda, nvcc, gpu, force=False) is wanted
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cuda_forced(gpu):
+    assert build.use_cuda(["csrc/cuda/a.cu"], "13.0", nvcc=True, gpu=gpu, force=True) is True
+    assert build.use_cuda([], "13.0", nvcc=True, gpu=gpu, force=True) is False
+
+
+def test_cuda_forced_without_nvcc_says_what_to_install():
+    for sources, gpu in itertools.product([[], ["csrc/cuda/a.cu"]], [False, True]):
+        with pytest.raises(SystemExit, match=r"CUDA toolkit 13\.0.*CUDA_HOME"):
+            build.use_cuda(sources, "13.0", nvcc=False, gpu=gpu, force=True)
+
+
+def test_cuda_forced_with_a_torch_without_cuda():
+    with pytest.raises(SystemExit, match="torch is built without CUDA"):
+        build.use_cuda(["csrc/cuda/a.cu"], None, nvcc=True, gpu=False, force=True)
+
+
+def test_cuda_arch_list():
+    assert build.cuda_arch_list({}) == "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": ""}) == build.DEFAULT_CUDA_ARCH_LIST
+    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}) == "8.0 9.0a"
+
+
+def test_default_cuda_arch_list_is_what_torch_knows(monkeypatch):
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.DEFAULT_CUDA_ARCH_LIST)
+    flags = cpp_extension._get_cuda_arch_flags(build.NVCC_FLAGS)
+    assert "-gencode=arch=compute_90a,code=sm_90a" in flags
+    assert "-gencode=arch=compute_120,code=compute_120" in flags
+    assert len(flags) == 8
+
+
+def test_nvcc_flags_leave_torch_its_architectures():
+    assert build.NVCC_FLAGS
+    assert not [flag for flag in build.NVCC_FLAGS if "arch" in flag]
+
+
+def test_sources_are_the_files_there_are():
+    listed = build.CPP_SOURCES + build.CUDA_SOURCES
+    assert len(listed) == len(set(listed))
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*")}
+    assert set(listed) == {path for path in there if path.endswith((".cpp", ".cu"))}
+
+
+@pytest.fixture
+def wrapped_nvcc(tmp_path):
+    """A toolkit's folder, and an environment whose nvcc is a script elsewhere that stands for it."""
+    toolkit, wrapper = tmp_path / "toolkit", tmp_path / "bin" / "nvcc"
+    for file in (toolkit / "include" / "cuda_runtime.h", toolkit / "bin" / "nvcc", wrapper):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    wrapper.write_text(f"#!/bin/sh\necho '#$ _SPACE_= ' >&2\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    wrapper.chmod(0o755)
+    return toolkit, {"PATH": str(wrapper.parent)}
+
+
+def test_toolkit_behind_a_wrapper_is_found(wrapped_nvcc):
+    toolkit, environ = wrapped_nvcc
+    build.find_toolkit(environ)
+    assert environ["CUDA_HOME"] == str(toolkit)
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_toolkit_that_is_named_stays(wrapped_nvcc, name):
+    environ = wrapped_nvcc[1] | {name: "/named"}
+    build.find_toolkit(environ)
+    assert environ == wrapped_nvcc[1] | {name: "/named"}
+
+
+def test_toolkit_without_headers_is_not_taken(wrapped_nvcc):
+    toolkit, environ = wrapped_nvcc
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    build.find_toolkit(environ)
+    assert "CUDA_HOME" not in environ
+
+
+def test_toolkit_is_not_there(tmp_path):
+    environ = {"PATH": str(tmp_path)}
+    build.find_toolkit(environ)
+    assert environ == {"PATH": str(tmp_path)}
+
+
+@pytest.fixture
+def torch_with_cuda(tmp_path, monkeypatch):
+    """torch as it looks with a GPU, a toolkit and headers in wheels: (torch, its site-packages)."""
+    torch = pytest.importorskip("torch")
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "bin" / "nvcc").touch()
+    site_packages = tmp_path / "archive"  # contains the letters that nvcc's flags may not
+    for folder in ("torch", "nvidia/cu13/include", "nvidia/cublas/include"):
+        (site_packages / folder).mkdir(parents=True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__file__", str(site_packages / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "CUDA_SOURCES", ["csrc/cuda/a.cu"])
+    monkeypatch.chdir(ROOT)
+    return torch, site_packages
+
+
+def test_extension_with_cuda(torch_with_cuda):
+    torch, site_packages = torch_with_cuda
+    environ = {"RESNET_FUSED_WERROR": "1"}
+    extension = build.make_extension(torch, environ)
+    assert extension.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
+    assert ("RESNET_FUSED_WITH_CUDA", None) in extension.define_macros
+    assert ("RESNET_FUSED_VERSION", f'"{build.VERSION}"') in extension.define_macros
+    assert environ["TORCH_CUDA_ARCH_LIST"] == build.DEFAULT_CUDA_ARCH_LIST
+    wheels = [str(site_packages / "nvidia" / name / "include") for name in ("cu13", "cublas")]
+    assert extension.include_dirs[-2:] == wheels
+    cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]
+    assert [cxx[i + 1] for i, flag in enumerate(cxx) if flag == "-isystem"] == extension.include_dirs
+    assert "-Werror" in cxx and "-Werror=all-warnings" in nvcc
+    assert not [flag for flag in nvcc if "arch" in flag]
+
+
+def test_extension_without_gpu(torch_with_cuda, monkeypatch):
+    torch, _ = torch_with_cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    environ = {}
+    extension = build.make_extension(torch, environ)
+    assert extension.sources == build.CPP_SOURCES
+    assert [name for name, _ in extension.define_macros] == ["RESNET_FUSED_VERSION"]
+    assert environ == {}
+    assert not [flag for flag in extension.extra_compile_args["cxx"] if flag.startswith("-Werror")]
+
+    forced = build.make_extension(torch, {"FORCE_CUDA": "1"})
+    assert forced.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
+
+
+def test_headers_are_dependencies(torch_with_cuda):
+    extension = build.make_extension(torch_with_cuda[0], {})
+    assert {"csrc/params.h", "csrc/cpu/kernels.inl"} <= set(extension.depends)
+
+
+def test_compiler_that_is_missing_says_what_to_install(tmp_path):
+    with pytest.raises(SystemExit, match="(?s)no-such-compiler.*apt-get install g\\+\\+"):
+        build.check_compiler(str(tmp_path / "no-such-compiler"))
+
+
+def test_compiler_without_cxx20_says_what_to_install(tmp_path):
+    compiler = tmp_path / "old-compiler"
+    compiler.write_text("#!/bin/sh\necho 'unrecognized option -std=c++20' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(SystemExit, match="(?s)unrecognized option -std=c\\+\\+20.*apt-get install g\\+\\+"):
+        build.check_compiler(str(compiler))
+
+
+def test_compiler_in_use_passes():
+    build.check_compiler(os.environ.get("CXX", "c++"))
+
+
+def test_build_isolation_does_not_bring_a_torch():
+    requires = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert "setuptools" in requires
+    assert "torch" not in requires
+
+
+def test_makefile_installs_the_torch_that_setup_wants():
+    (low, high) = build.TORCH_MIN, build.TORCH_END
+    expected = f"TORCH := torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}\n"
+    assert expected in (ROOT / "Makefile").read_text()

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Modules against eager PyTorch under the tolerance policy, and the contracts they keep."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet as tv
+from torchvision.ops import FrozenBatchNorm2d
+
+import resnet_fused as rf
+from resnet_fused.testing import assert_passed, compare_modules
+
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+
+
+def downsample(inplanes, outplanes, stride, norm=nn.BatchNorm2d):
+    return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), norm(outplanes))
+
+
+def pair(name, *args, **kwargs):
+    """torchvision's block and ours of the same state."""
+    eager = getattr(tv, name)(*args, **copy.deepcopy(kwargs))
+    for m in eager.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+    fused = getattr(rf, name)(*args, **copy.deepcopy(kwargs))
+    fused.load_state_dict(eager.state_dict())
+    return fused, eager
+
+
+class LectureResBlk(nn.Module):
+    """The lecture's block, written out."""
+
+    def __init__(self, ch_in, ch_out, stride=1, relu=True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(ch_in, ch_out, kernel_size=3, stride=stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(ch_out)
+        self.conv2 = nn.Conv2d(ch_out, ch_out, kernel_size=3, stride=1, padding=1)
+        self.bn2 = nn.BatchNorm2d(ch_out)
+        self.extra = nn.Sequential()
+        if ch_out != ch_in:
+            self.extra = nn.Sequential(nn.Conv2d(ch_in, ch_out, kernel_size=1, stride=stride), nn.BatchNorm2d(ch_out))
+        self.final_relu = relu
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out = self.extra(x) + out
+        return F.relu(out) if self.final_relu else out
+
+
+def lecture_pair(*args):
+    eager, fused = LectureResBlk(*args), rf.ResBlk(*args)
+    fused.load_state_dict(eager.state_dict())
+    return fused, eager
+
+
+PAIRS = {
+    "basic": (16, lambda: pair("BasicBlock", 16, 16)),
+    "basic_stride": (16, lambda: pair("BasicBlock", 16, 24, 2, downsample(16, 24, 2))),
+    "bottleneck": (32, lambda: pair("Bottleneck", 32, 8)),
+    "bottleneck_stride": (16, lambda: pair("Bottleneck", 16, 8, 2, downsample(16, 32, 2))),
+    "resnext": (32, lambda: pair("Bottleneck", 32, 8, groups=4, base_width=32)),
+    "dilated": (32, lambda: pair("Bottleneck", 32, 8, dilation=2)),
+    "frozen": (
+        16,
+        lambda: pair(
+            "Bottleneck", 16, 8, 2, downsample(16, 32, 2, FrozenBatchNorm2d), norm_layer=FrozenBatchNorm2d
+        ),
+    ),
+    "cumulative": (16, lambda: pair("BasicBlock", 16, 16, norm_layer=lambda c: nn.BatchNorm2d(c, momentum=None))),
+    "untracked": (
+        16,
+        lambda: pair("BasicBlock", 16, 16, norm_layer=lambda c: nn.BatchNorm2d(c, track_running_stats=False)),
+    ),
+    "no_affine": (16, lambda: pair("BasicBlock", 16, 16, norm_layer=lambda c: nn.BatchNorm2d(c, affine=False))),
+    "resblk": (16, lambda: lecture_pair(16, 16)),
+    "resblk_stride": (16, lambda: lecture_pair(16, 24, 2)),
+    "resblk_no_relu": (16, lambda: lecture_pair(16, 24, 1, False)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_block(name, training, precision, layout):
+    channels, build = PAIRS[name]
+    fused, eager = build()
+    dtype = torch.bfloat16 if precision in ("bfloat16", "autocast") else getattr(torch, precision)
+    # In 16 bits a value near zero may fall on either side of a ReLU, in eager as in fused code: the planes are
+    # large enough that both err by the average of many such flips, and not by the luck of a few.
+    n, size = (16, 28) if dtype == torch.bfloat16 else (4, 14)
+    x = torch.randn(n, channels, size, size - 2).to(memory_format=layout).to(dtype)
+    if precision != "autocast":
+        fused.to(dtype), eager.to(dtype)
+    for m in (fused, eager):
+        m.train(training).to(memory_format=layout)
+    autocast = torch.bfloat16 if precision == "autocast" else None
+    assert_passed(compare_modules(fused, eager, x, autocast=autocast))
+    assert_passed(compare_modules(fused, eager, x, autocast=autocast, gradients=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_format_is_eagers(training, layout):
+    fused, eager = (m.train(training) for m in pair("BasicBlock", 16, 24, 2, downsample(16, 24, 2)))
+    x = torch.randn(2, 16, 8, 8).to(memory_format=layout)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert fused(x).stride() == eager(x).stride()
+    if layout is torch.contiguous_format:
+        fused(x).view(2, -1)  # the lecture's network does
+
+
+NETWORKS = {
+    "resnet18": lambda m: m.resnet18(num_classes=10),
+    "resnet50": lambda m: m.resnet50(num_classes=10),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_from_builder(name, training):
+    import torchvision
+
+    eager = NETWORKS[name](torchvision.models)
+    fused = NETWORKS[name](rf)
+    fused.load_state_dict(eager.state_dict())
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    # Large enough for the last stage's batch norms to see more than a handful of values each.
+    x = torch.randn(8, 3, 96, 96).to(memory_format=torch.channels_last)
+    assert_passed(compare_modules(fused.train(training), eager.train(training), x))
+
+
+def test_as_block_of_torchvisions_resnet():
+    eager = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    fused = tv.ResNet(rf.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    fused.load_state_dict(eager.state_dict())
+    assert_passed(compare_modules(fused, eager, torch.randn(4, 3, 32, 32)))
+    tv.ResNet(rf.Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=[False, True, True])
+
+
+def test_same_initialisation_as_torchvision():
+    import torchvision
+
+    torch.manual_seed(3)
+    eager = torchvision.models.resnet18()
+    torch.manual_seed(3)
+    fused = rf.resnet18()
+    for a, b in zip(fused.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def grad_name(z):
+    return type(z.grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b, log: b.bn1.register_forward_hook(lambda *a: log.append("hook")),
+        lambda b, log: b.conv2.register_forward_pre_hook(lambda *a: log.append("hook")),
+        lambda b, log: b.relu.register_forward_hook(lambda *a: log.append("hook")),
+        lambda b, log: b.conv1.register_full_backward_hook(lambda *a: log.append("hook")),
+        lambda b, log: setattr(b, "relu", nn.SiLU()),
+        lambda b, log: setattr(b, "bn1", nn.GroupNorm(4, 16)),
+        lambda b, log: setattr(b, "conv1", nn.Sequential(b.conv1, nn.Dropout(0.0))),
+        lambda b, log: nn.utils.parametrizations.weight_norm(b.conv1),
+        lambda b, log: nn.utils.parametrizations.spectral_norm(b.conv2),
+        lambda b, log: setattr(b, "conv1", nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")),
+    ],
+)
+def test_changed_children_are_respected(change):
+    fused, eager = pair("BasicBlock", 16, 16)
+    logs = [], []
+    for block, log in zip((fused, eager), logs, strict=True):
+        torch.manual_seed(1)
+        change(block, log)
+    x = torch.randn(2, 16, 6, 6, requires_grad=True)
+    results = []
+    for block in (fused, eager):
+        z = block(x)
+        z.square().sum().backward()
+        results.append([z, *(p.grad for p in block.parameters())])
+    assert grad_name(results[0][0]) != "_BlockBackward"
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert logs[0] == logs[1]
+
+
+def test_global_hooks_fire_on_every_child():
+    fused, _ = pair("BasicBlock", 16, 16)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *a: seen.append(type(m).__name__))
+    try:
+        fused(torch.randn(2, 16, 6, 6))
+    finally:
+        handle.remove()
+    assert seen.count("Conv2d") == 2 and seen.count("BatchNorm2d") == 2
+
+
+def test_own_hooks_fire_and_stay_fused():
+    fused, _ = pair("BasicBlock", 16, 16)
+    seen = []
+    fused.register_forward_hook(lambda *a: seen.append(1))
+    assert grad_name(fused(torch.randn(2, 16, 6, 6))) == "_BlockBackward" and seen == [1]
+
+
+def test_copies():
+    fused, _ = pair("Bottleneck", 32, 8)
+    x = torch.randn(2, 32, 6, 6)
+    fused.eval()
+    with torch.no_grad():
+        expected = fused(x)
+        for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert torch.equal(other(x), expected)
+
+
+def test_reference_engine_runs_any_module():
+    for name, (channels, build) in PAIRS.items():
+        fused, eager = build()
+        with rf.engine("reference"):
+            assert_passed(compare_modules(fused, eager, torch.randn(2, channels, 6, 6)))
+            z = fused(torch.randn(2, channels, 6, 6))
+        assert grad_name(z) != "_BlockBackward", name
+    with pytest.raises(ValueError, match="engine: expected one of"), rf.engine("fast"):
+        pass
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_batch_norm_act(relu):
+    ours = rf.BatchNormAct2d(16, relu=relu)
+    theirs = nn.BatchNorm2d(16)
+    theirs.load_state_dict(ours.state_dict())
+    x, s = torch.randn(4, 16, 5, 6), torch.randn(4, 16, 5, 6)
+    for shortcut in (None, s):
+        for training in (True, False):
+            z = theirs.train(training)(x) if shortcut is None else theirs.train(training)(x) + s
+            torch.testing.assert_close(ours.train(training)(x, shortcut), z.relu() if relu else z)
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_is_repeatable(dtype):
+    fused, _ = pair("Bottleneck", 16, 8, 2, downsample(16, 32, 2))
+    fused.to(dtype)
+    x = torch.randn(8, 16, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def run():
+        block = copy.deepcopy(fused)
+        block(x).float().square().sum().backward()
+        return [p.grad for p in block.parameters()] + list(block.buffers())
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_without_graph_breaks(grad):
+    fused, _ = pair("BasicBlock", 8, 12, 2, downsample(8, 12, 2))
+    expected = copy.deepcopy(fused)
+    x = torch.randn(2, 8, 8, 8).to(memory_format=torch.channels_last)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        z, e = compiled(x), expected(x)
+    torch.testing.assert_close(z, e)
+    if grad:
+        z.sum().backward(), e.sum().backward()
+        for a, b in zip(fused.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+    for a, b in zip(fused.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_functional_transforms_run_composed():
+    fused, eager = (m.eval() for m in pair("BasicBlock", 8, 8))
+    x = torch.randn(3, 2, 8, 6, 6)
+    torch.testing.assert_close(torch.vmap(fused)(x), torch.vmap(eager)(x))
+    tangent = torch.randn_like(x[0])
+    for a, b in zip(torch.func.jvp(fused, (x[0],), (tangent,)), torch.func.jvp(eager, (x[0],), (tangent,)), strict=True):
+        torch.testing.assert_close(a, b)
+    traced = torch.jit.trace(fused, x[0])
+    torch.testing.assert_close(traced(x[1]), eager(x[1]))
+    symbolic = torch.fx.symbolic_trace(fused)
+    torch.testing.assert_close(symbolic(x[1]), eager(x[1]))
+
+
+def test_data_parallel_with_gloo(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fused, eager = pair("BasicBlock", 8, 8)
+        x = torch.randn(2, 8, 6, 6)
+        wrapped = nn.parallel.DistributedDataParallel(fused)
+        wrapped(x).square().sum().backward()
+        eager(x).square().sum().backward()
+        for a, b in zip(fused.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Every operator of the vocabulary against resnet_fused.reference in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from resnet_fused import ops, reference
+from resnet_fused.testing import FLOORS, errors
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [torch.channels_last, torch.contiguous_format]
+SHAPES = [(1, 1, 5, 1), (2, 3, 7, 7), (4, 20, 1, 1), (3, 33, 13, 9), (2, 65, 5, 1), (1, 260, 4, 6), (8, 8, 40, 50)]
+JOINS = ["none", "plain", "affine"]
+
+
+def assert_near(actual, expected, dtype):
+    """Within the dtype's floor alone: a kernel rounds once, on storing."""
+    floor = FLOORS[dtype]
+    e = errors(actual, expected)
+    assert e.maximum <= floor and e.two_norm <= floor, f"{e} exceeds {floor}"
+
+
+def activations(shape, dtype, layout, count=1, mean=0.5):
+    tensors = [
+        (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout) for _ in range(count)
+    ]
+    return tensors[0] if count == 1 else tensors
+
+
+def table(y):
+    """Coefficients such as a batch norm of y has."""
+    c = y.shape[1]
+    return ops.bn_finalize(
+        ops.bn_statistics(y), torch.rand(c) + 0.5, torch.randn(c), None, None, None, 0.1, 1e-5
+    )
+
+
+def join_of(kind, y):
+    if kind == "none":
+        return {}
+    s = torch.empty_like(y).copy_(torch.randn(y.shape))
+    return {"shortcut": s} if kind == "plain" else {"shortcut": s, "shortcut_coefficients": table(s)}
+
+
+def double(kwargs):
+    return {k: v.double() for k, v in kwargs.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics(shape, dtype, layout):
+    y = activations(shape, dtype, layout)
+    actual, expected = ops.bn_statistics(y), reference.bn_statistics(y.double())
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    assert actual.dtype == acc and actual.shape == (1, 3, shape[1])
+    for row in range(3):
+        assert_near(actual[:, row], expected[:, row], acc)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_with_large_mean(layout):
+    y = (torch.randn(4, 16, 31, 17) + 1000).contiguous(memory_format=layout)
+    _, mean, m2 = ops.bn_statistics(y)[0]
+    _, expected_mean, expected_m2 = reference.bn_statistics(y.double())[0]
+    assert_near(mean, expected_mean, torch.float32)
+    assert errors(m2, expected_m2).maximum < 1e-4  # E[x^2] - E[x]^2 in float32 is off by 6e-2 here
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_of_a_constant_are_exact(layout):
+    y = torch.full((2, 5, 9, 11), 1234.567).contiguous(memory_format=layout)
+    _, mean, m2 = ops.bn_statistics(y)[0]
+    assert torch.equal(mean, torch.full((5,), 1234.567)) and not m2.any()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+@pytest.mark.parametrize("running", [torch.float32, torch.bfloat16, None])
+def test_finalize(momentum, running):
+    y = torch.randn(4, 12, 6, 5)
+    weight, bias = torch.rand(12), torch.randn(12)
+    # Merging in any number of tiles gives the statistics of the whole.
+    tiles = torch.cat([ops.bn_statistics(part) for part in y.split((1, 2, 1))])
+    buffers = [None] * 3
+    if running is not None:
+        buffers = [torch.randn(12).to(running), torch.rand(12).to(running), torch.tensor(6)]
+    expected_buffers = [None if b is None else b.float() for b in buffers]
+    actual = ops.bn_finalize(tiles, weight, bias, *buffers, momentum, 1e-3)
+    if running is not None:
+        factor = 1 / 7 if momentum is None else momentum
+        torch.nn.functional.batch_norm(y, *expected_buffers[:2], None, None, True, factor, 1e-3)
+        assert buffers[2] == 7
+        for a, e in zip(buffers[:2], expected_buffers[:2], strict=True):
+            assert_near(a, e.double(), running)
+    expected = reference.bn_finalize(
+        reference.bn_statistics(y.double()), weight.double(), bias.double(), None, None, None, 0.1, 1e-3
+    )
+    assert_near(actual, expected, torch.float32)
+
+
+def test_coefficients():
+    mean, var, weight, bias = torch.randn(7), torch.rand(7), torch.rand(7), torch.randn(7)
+    args = (mean, var, weight, bias)
+    for dtype in DTYPES:
+        actual = ops.bn_coefficients(*args, 1e-5, dtype)
+        expected = reference.bn_coefficients(*(v.double() for v in args), 1e-5, torch.float64)
+        assert actual.dtype == ops.acc_dtype(dtype)
+        assert_near(actual, expected, actual.dtype)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_apply(shape, dtype, layout, join, relu):
+    y = activations(shape, dtype, layout)
+    coefficients, kwargs = table(y), join_of(join, y)
+    z = ops.bn_apply(y, coefficients, relu=relu, **kwargs)
+    assert z.dtype == dtype and z.stride() == y.stride()
+    assert_near(z, reference.bn_apply(y.double(), coefficients.double(), relu=relu, **double(kwargs)), dtype)
+
+
+@pytest.mark.parametrize("mask", ["none", "recomputed", "output"])
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(shape, dtype, layout, join, mask):
+    y, grad = activations(shape, dtype, layout, 2)
+    coefficients, kwargs = table(y), join_of(join, y)
+    relu, count = mask != "none", y.numel() // y.shape[1]
+    z = ops.bn_apply(y, coefficients, relu=relu, **kwargs) if mask == "output" else None
+    wide = (grad.double(), y.double(), coefficients.double())
+    # The reference's mask comes from the very output of forward: a sign is a sign.
+    wide_z = ops.bn_apply(y, coefficients, relu=True, **kwargs).double() if relu else None
+
+    masked, sums = ops.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, write_grad=True, **kwargs)
+    nothing, again = ops.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, **kwargs)
+    wide_kwargs = double(kwargs)
+    expected, expected_sums = reference.bn_backward_reduce(
+        *wide, z=wide_z, relu=relu, write_grad=True, **wide_kwargs
+    )
+    assert torch.equal(masked.double(), expected)
+    assert nothing.numel() == 0 and torch.equal(sums, again)
+    # A sum cancels: what it may be off by is relative to the sum of its terms' sizes.
+    terms = reference.bn_backward_reduce(
+        wide[0].abs(), wide[1], wide[2], z=wide_z, relu=relu, **wide_kwargs
+    )[1].abs().max()
+    assert errors(sums, expected_sums, scale=terms).maximum * expected_sums.abs().max() <= 1e-6 * terms + 1e-6
+
+    for statistics in (True, False):
+        backward = ops.bn_backward_finalize(sums, coefficients, 0, count, statistics)
+        assert_near(
+            backward,
+            reference.bn_backward_finalize(sums.double(), coefficients.double(), 0, count, statistics),
+            torch.float32 if dtype != torch.float64 else dtype,
+        )
+        expected_dy = reference.bn_backward_apply(
+            *wide, backward.double(), z=wide_z, relu=relu, batch_statistics=statistics
+        )
+        if join != "affine":
+            shortcut = kwargs.get("shortcut")
+            dy = ops.bn_backward_apply(grad, y, coefficients, backward, shortcut, z, relu, statistics)
+            assert dy.stride() == y.stride()
+            assert_near(dy, expected_dy, dtype)
+            over = ops.bn_backward_apply_(
+                grad.clone(), y, coefficients, backward, shortcut, z, relu, statistics
+            )
+            assert torch.equal(over, dy)
+        elif mask != "output":
+            other = ops.bn_backward_finalize(sums, kwargs["shortcut_coefficients"], 1, count, not statistics)
+            dy, ds = ops.bn_backward_apply_pair(
+                grad, y, coefficients, backward, *kwargs.values(), other, relu, statistics, not statistics
+            )
+            assert_near(dy, expected_dy, dtype)
+            s = kwargs["shortcut"].double()
+            expected_ds = reference.bn_backward_apply(
+                wide[0], s, wide[2], other.double(), z=wide_z, relu=relu, batch_statistics=not statistics
+            )
+            assert_near(ds, expected_ds, dtype)
+    if relu and join != "affine":
+        out = torch.empty_like(y).copy_(torch.randn(y.shape))
+        expected_sum = out.double() + expected
+        ops.relu_backward_add_(out, grad, y, coefficients, kwargs.get("shortcut"), z)
+        assert_near(out, expected_sum, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values(dtype, layout):
+    y = torch.zeros(1, 4, 3, 5, dtype=dtype).contiguous(memory_format=layout)
+    y[0, 0, 0, 0], y[0, 1, 1, 1], y[0, 2, 2, 2] = float("nan"), float("inf"), float("-inf")
+    coefficients = torch.zeros(4, 4, dtype=ops.acc_dtype(dtype))
+    coefficients[2] = 1
+    assert torch.equal(ops.bn_apply(y, coefficients).nan_to_num(7), y.nan_to_num(7))
+    z = ops.bn_apply(y, coefficients, relu=True)
+    assert z[0, 0, 0, 0].isnan() and z[0, 1, 1, 1].isinf() and z[0, 2, 2, 2] == 0
+    grad = torch.ones_like(y)
+    masked, _ = ops.bn_backward_reduce(grad, y, coefficients, relu=True, write_grad=True)
+    x = y.clone().requires_grad_()
+    torch.relu(x).backward(grad)
+    assert torch.equal(masked, x.grad)
+
+
+def test_sixteen_bit_rounding_is_atens():
+    """All 65536 bit patterns, and floats around every one of them: storing rounds to nearest, ties to even."""
+    identity = torch.zeros(4, 1)
+    identity[2] = 1
+    for dtype in (torch.float16, torch.bfloat16):
+        patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+        assert torch.equal(ops.bn_apply(patterns, identity).nan_to_num(9), patterns.nan_to_num(9))
+        # scale * y in float32 falls between the type's values, ties (1 + 2^-k) included.
+        for scale in (1.0 + 2.0**-11, 1.0 + 2.0**-8, 1.5, 1 / 3, 1 + 2.0**-12):
+            scaled = identity.clone()
+            scaled[2] = scale
+            expected = (patterns.float() * scaled[2]).to(dtype)
+            assert torch.equal(ops.bn_apply(patterns, scaled).nan_to_num(9), expected.nan_to_num(9)), scale
+
+
+def test_results_do_not_depend_on_threads():
+    y, grad = activations((8, 48, 28, 28), torch.float32, torch.channels_last, 2)
+    threads = torch.get_num_threads()
+
+    def run():
+        coefficients = table_of_ones(y)
+        return [
+            ops.bn_statistics(y),
+            ops.bn_apply(y, coefficients, relu=True),
+            *ops.bn_backward_reduce(grad, y, coefficients, relu=True, write_grad=True),
+        ]
+
+    def table_of_ones(y):
+        return ops.bn_finalize(ops.bn_statistics(y), None, None, None, None, None, 0.1, 1e-5)
+
+    first = run()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability):
+    """The kernels for older processors pass the same tests, in a process that is told to use them."""
+    script = "import resnet_fused; print(resnet_fused.build_info()['cpu_instruction_set'])"
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
+    used = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    if capability == "default":
+        assert used == "baseline"
+    elif used != "avx2":
+        pytest.skip("this processor has no AVX2")
+    # One shape of each test: -k excludes this test itself.
+    chosen = "(statistics or apply or backward or special or rounding) and not instruction"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env=environment,
+        check=True,
+    )
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    shape = (1, 2, 2**15 + 1, 2**15)
+    y = torch.zeros(shape, dtype=torch.bfloat16)
+    y[0, 1, -1] = 3
+    statistics = ops.bn_statistics(y)[0]
+    count = shape[2] * shape[3]
+    assert y.numel() > 2**31
+    mean = 3 * shape[3] / count
+    assert statistics[1, 0] == 0 and abs(statistics[1, 1].item() / mean - 1) < 1e-5
+    identity = torch.zeros(4, 2)
+    identity[2] = 1
+    z = ops.bn_apply(y, identity, relu=True)
+    assert (z[0, 1, -1] == 3).all() and z[0, 1, -2, -1] == 0 and z[0, 0, 0, 0] == 0
+
+
+def samples(grad_layout):
+    y, grad, s = activations((2, 6, 5, 4), torch.float32, grad_layout, 3)
+    coefficients, other = table(y), table(s)
+    z = ops.bn_apply(y, coefficients, s, relu=True)
+    _, sums = ops.bn_backward_reduce(grad, y, coefficients, s, other)
+    backward = ops.bn_backward_finalize(sums, coefficients, 0, 40, True)
+    second = ops.bn_backward_finalize(sums, other, 1, 40, True)
+    weight, bias, mean, var = torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6)
+    return {
+        "bn_statistics": (y,),
+        "bn_finalize": (ops.bn_statistics(y), weight, bias, mean, var, torch.tensor(3), 0.1, 1e-5),
+        "bn_coefficients": (mean, var, weight, bias, 1e-5, torch.float32),
+        "bn_apply": (y, coefficients, s, other, True),
+        "bn_backward_reduce": (grad, y, coefficients, s, None, z, True, True),
+        "bn_backward_finalize": (sums, coefficients, 0, 40, True),
+        "bn_backward_apply": (grad, y, coefficients, backward, s, z, True, True),
+        "bn_backward_apply_": (grad.clone(), y, coefficients, backward, s, None, True, True),
+        "bn_backward_apply_pair": (grad, y, coefficients, backward, s, other, second, True, True, False),
+        "relu_backward_add_": (grad.clone(), grad, y, coefficients, s, None),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", samples(torch.channels_last))
+def test_opcheck(name, layout):
+    torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, samples(layout)[name])
+
+
+def test_operators_have_no_silent_derivative():
+    y = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        ops.bn_statistics(y).sum().backward()
+
+
+def test_every_layout_is_accepted():
+    base = torch.randn(2, 8, 10, 12)
+    coefficients = table(base[:, ::2, 1:-1, ::3])
+    for y in (base[:, ::2, 1:-1, ::3], base[:1, :4, :8, :4].expand(3, 4, 8, 4), base.transpose(2, 3)[:, :4]):
+        assert_near(
+            ops.bn_apply(y, coefficients, y, relu=True),
+            reference.bn_apply(y.double(), coefficients.double(), y.double(), relu=True),
+            torch.float32,
+        )
+        assert_near(ops.bn_statistics(y)[0, 1], reference.bn_statistics(y.double())[0, 1], torch.float32)
+
+
+Y = torch.ones(2, 3, 4, 4)
+TABLE = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.bn_statistics(torch.ones(3, 4)), ValueError, r"y: expected a \[N, C, H, W\]"),
+        (lambda: ops.bn_statistics(Y.int()), TypeError, "y: expected float64.*got Int"),
+        (lambda: ops.bn_apply(Y, torch.ones(4, 2)), ValueError, r"coefficients: expected shape \[4, 3\]"),
+        (lambda: ops.bn_apply(Y, TABLE.double()), TypeError, "coefficients: expected dtype Float"),
+        (lambda: ops.bn_apply(Y, TABLE, Y[:1]), ValueError, "shortcut: expected the shape of y"),
+        (lambda: ops.bn_apply(Y, TABLE, Y.double()), TypeError, "shortcut: expected the dtype of y"),
+        (lambda: ops.bn_apply(Y, TABLE, None, TABLE), ValueError, "shortcut_coefficients: given without"),
+        (lambda: ops.bn_apply(Y, TABLE, Y, TABLE[:, :2]), ValueError, "shortcut_coefficients: expected shape"),
+        (
+            lambda: ops.bn_finalize(torch.ones(1, 2, 3), None, None, None, None, None, 0.1, 1e-5),
+            ValueError,
+            r"statistics: expected shape \[tiles, 3, C\]",
+        ),
+        (
+            lambda: ops.bn_finalize(torch.ones(1, 3, 3), None, None, None, None, None, 0.1, -1.0),
+            ValueError,
+            "eps: expected a number >= 0, got -1",
+        ),
+        (
+            lambda: ops.bn_finalize(torch.ones(1, 3, 3), torch.ones(2), None, None, None, None, 0.1, 1.0),
+            ValueError,
+            r"weight: expected shape \[3\], got \[2\]",
+        ),
+        (
+            lambda: ops.bn_finalize(
+                torch.ones(1, 3, 3), None, None, torch.ones(3), torch.ones(3), None, None, 1.0
+            ),
+            ValueError,
+            "momentum: None, the cumulative average, needs num_batches_tracked",
+        ),
+        (lambda: ops.bn_backward_reduce(Y[:1], Y, TABLE), ValueError, "grad: expected the shape of y"),
+        (
+            lambda: ops.bn_backward_finalize(torch.ones(1, 2, 3), TABLE, 1, 4, True),
+            ValueError,
+            "branch: expected 0 to 0, got 1",
+        ),
+        (
+            lambda: ops.bn_backward_apply_(Y[:, :, :, ::2], Y[:, :, :, ::2], TABLE, torch.ones(5, 3)),
+            ValueError,
+            "grad: expected a dense tensor",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
