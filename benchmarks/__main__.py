@@ -52,7 +52,8 @@ def execute(jobs: Iterator[Job], total: int) -> list[Outcome]:
         outcome = run(job)
         outcomes.append(outcome)
         speed, elapsed = report.ratio(outcome.race.speed), time.perf_counter() - start
-        print(f"check {outcome.check}, speed {speed}  ({elapsed:.1f} s)", flush=True)
+        disturbed = ", disturbed" if outcome.race.disturbed else ""
+        print(f"check {outcome.check}, speed {speed}{disturbed}  ({elapsed:.1f} s)", flush=True)
     return outcomes
 
 
@@ -114,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for failure in report.failures(outcomes):
         print(f"outside the tolerance policy: {failure}")
+    disturbed = sum(outcome.race.disturbed for outcome in outcomes)
+    if disturbed:
+        print(f"other processes were busy during {disturbed} of {len(outcomes)} cases: don't trust those times")
     passed = all(outcome.check.passed for outcome in outcomes)
     print(f"{'all checks passed' if passed else 'CHECKS FAILED'}; {time.perf_counter() - start:.0f} s; see {folder}")
     return 0 if passed else 1

@@ -146,6 +146,7 @@ def as_record(outcome: Outcome) -> dict[str, object]:
         "eager_seconds": asdict(outcome.race.eager),
         "fused_seconds": asdict(outcome.race.fused),
         "speed": asdict(outcome.race.speed),
+        "cores_busy_with_others": outcome.race.others,
         "rounds": len(outcome.race.eager_seconds),
         "kept_bytes_per_image": outcome.kept,
     }
@@ -210,7 +211,7 @@ def plot_kept(outcomes: Sequence[Outcome], path: Path) -> None:
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
     axes[0][0].invert_yaxis()
-    axes[0][0].legend(fontsize=7, loc="upper left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="lower left")
     figure.supxlabel("bytes kept for backward / eager's", fontsize=9)
     figure.tight_layout()
     save(figure, path)

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+# Above this many busy cores of others a time is disturbed: threads that wait for a preempted one wait for
+# milliseconds at every parallel region, which favours whoever has fewer of them.
+DISTURBED = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Race:
 
     eager_seconds: list[float]
     fused_seconds: list[float]
+    others: float  # cores that other processes kept busy meanwhile
 
     @property
     def eager(self) -> Spread:
@@ -61,6 +68,19 @@ class Race:
     def speed(self) -> Spread:
         """Eager's time over the fused time of the same round; above 1, fused is faster."""
         return Spread.of([e / f for e, f in zip(self.eager_seconds, self.fused_seconds, strict=True)])
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others > DISTURBED
+
+
+def others_seconds() -> float:
+    """CPU seconds that all other processes have used so far; 0 where the system doesn't tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = map(int, stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -81,12 +101,13 @@ def race(
     """Time both in turn, after a warm-up of each; who goes first alternates."""
     eager()
     fused()
-    result = Race([], [])
-    lanes = [(eager, result.eager_seconds), (fused, result.fused_seconds)]
-    start = time.perf_counter()
+    times: tuple[list[float], list[float]] = ([], [])
+    lanes = [(eager, times[0]), (fused, times[1])]
+    start, others = time.perf_counter(), others_seconds()
     for index in range(effort.most_rounds):
         if index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
             break
-        for call, times in lanes if index % 2 == 0 else reversed(lanes):
-            times.append(seconds(call, device))
-    return result
+        for call, lane in lanes if index % 2 == 0 else reversed(lanes):
+            lane.append(seconds(call, device))
+    elapsed = time.perf_counter() - start
+    return Race(*times, max(0.0, others_seconds() - others) / elapsed)

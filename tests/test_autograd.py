@@ -76,7 +76,7 @@ def is_fused(z):
 def test_gradients(name, mode, memory):
     block = make(name, mode)
     block.memory = memory
-    x = torch.randn(2, IN, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
     assert is_fused(block(x))
     assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
 
