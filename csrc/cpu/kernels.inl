@@ -404,17 +404,18 @@ void statistics_planes(const StatisticsParams& p, void* partials, int64_t tile, 
     for (int64_t i0 = 0; i0 < p.extent.inner; i0 += kStripLength) {
       const int64_t length = p.extent.inner - i0 < kStripLength ? p.extent.inner - i0 : kStripLength;
       const auto* y = plane + i0;
-      const Acc origin = T::load(y[0]);
-      Acc sum = 0, squares = 0;
+      double sum = 0;  // eager sums a contiguous plane in double, too
+      Acc squares = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < length; ++i) sum += T::load(y[i]) - origin;
-      const Acc strip_mean = origin + sum / static_cast<Acc>(length);
+      for (int64_t i = 0; i < length; ++i) sum += static_cast<double>(T::load(y[i]));
+      const double mean_of_strip = sum / static_cast<double>(length);
+      const Acc strip_mean = static_cast<Acc>(mean_of_strip);
 #pragma omp simd reduction(+ : squares)
       for (int64_t i = 0; i < length; ++i) {
         const Acc d = T::load(y[i]) - strip_mean;
         squares += d * d;
       }
-      merge(static_cast<double>(length), strip_mean, squares, count, mean, m2);
+      merge(static_cast<double>(length), mean_of_strip, squares, count, mean, m2);
     }
   }
   write_statistics<Acc>(partials, tile, p.extent.channels, channel, count, mean, m2);
