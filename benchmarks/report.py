@@ -62,7 +62,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
         return "  ".join([first, *rest]).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
@@ -123,9 +125,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
     """One line per tensor outside the tolerance policy."""
-    return [
-        f"{o.case}: {failure}" for o in outcomes for failure in o.check.failures
-    ]
+    return [f"{o.case}: {failure}" for o in outcomes for failure in o.check.failures]
 
 
 def as_record(outcome: Outcome) -> dict[str, object]:

@@ -95,9 +95,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def race(
-    eager: Callable[[], object], fused: Callable[[], object], device: torch.device, effort: Effort
-) -> Race:
+def race(eager: Callable[[], object], fused: Callable[[], object], device: torch.device, effort: Effort) -> Race:
     """Time both in turn, after a warm-up of each; who goes first alternates."""
     eager()
     fused()

@@ -229,7 +229,7 @@ class _Block(torch.autograd.Function):
         for i in range(last, -1, -1):
             need_input = need_x or any(any(n) for n in needs[:i])
             grad_a = conv_backward(i, grad_y, a, need_input)
-            del grad_y, a
+            grad_y = a = None  # freed before the next allocation
             if i == 0 or not need_input:
                 break
             a = unit_input(i - 1)

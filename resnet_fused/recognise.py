@@ -100,8 +100,9 @@ def norm_of(module: nn.Module) -> Norm:
 def fusible(x: object) -> bool:
     """Whether the fused path understands ``x`` and the context it comes in.
 
-    Not: symbolic (a proxy is no tensor) or recorded tracing, functional transforms and forward-mode differentiation, tensor subclasses,
-    devices without kernels, and inputs on which eager raises or does nothing (which it then does itself).
+    Not: symbolic (a proxy is no tensor) or recorded tracing, functional transforms and forward-mode
+    differentiation, tensor subclasses, devices without kernels, and inputs on which eager raises or does nothing
+    (which it then does itself).
     """
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return False

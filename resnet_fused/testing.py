@@ -47,9 +47,7 @@ class Errors:
 
         Where eager's result is not finite although the reference is, only the floor is allowed.
         """
-        return Errors(
-            *(SLACK * e + floor if math.isfinite(e) else floor for e in dataclasses.astuple(self))
-        )
+        return Errors(*(SLACK * e + floor if math.isfinite(e) else floor for e in dataclasses.astuple(self)))
 
     def within(self, bound):
         """Whether neither norm exceeds `bound`; false for NaN."""
@@ -72,9 +70,7 @@ class Comparison:
         """The fused error as a multiple of what is allowed, the worse of both norms; <= 1 passes."""
         if self.reason:
             return math.inf
-        return max(
-            self.fused.maximum / self.bound.maximum, self.fused.two_norm / self.bound.two_norm
-        )
+        return max(self.fused.maximum / self.bound.maximum, self.fused.two_norm / self.bound.two_norm)
 
     def __str__(self):
         verdict = "ok" if self.passed else "FAILED"
@@ -177,9 +173,7 @@ def observe(module, x, *, autocast=None, gradients=True):
     module = copy.deepcopy(module)
     module.zero_grad(set_to_none=True)
     x = x.detach().clone().requires_grad_(gradients)
-    casting = (
-        torch.autocast(x.device.type, autocast) if autocast is not None else contextlib.nullcontext()
-    )
+    casting = torch.autocast(x.device.type, autocast) if autocast is not None else contextlib.nullcontext()
     with torch.set_grad_enabled(gradients):
         with casting:
             output = module(x)

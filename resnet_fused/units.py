@@ -26,7 +26,8 @@ class Conv(NamedTuple):
 class Norm(NamedTuple):
     """A batch norm over ``C`` channels.
 
-    ``weight``, ``bias``, ``running_mean``, ``running_var``: ``[C]`` or None; ``num_batches_tracked``: one int64 or None.
+    ``weight``, ``bias``, ``running_mean``, ``running_var``: ``[C]`` or None; ``num_batches_tracked``: one int64
+    or None.
     ``batch_statistics``: normalise by the batch's own statistics (training), else by the running ones.
     The running statistics are updated where ``batch_statistics`` and they are given. ``momentum=None`` is the
     cumulative average.

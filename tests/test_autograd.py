@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import functional
-from resnet_fused.functional import Conv, Norm, Unit
+from resnet_fused.functional import Conv, Norm
 
 IN = 4
 

@@ -115,9 +115,7 @@ def test_a_gradient_gets_further_inputs_but_not_without_end(limit, draws, passed
 
 def test_an_output_gets_no_further_input():
     eager, fused = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
-    verdict = check(
-        eager, {"fused": fused}, lambda draw: torch.ones(1, 1, 4, 4), autocast=None, gradients=True
-    )
+    verdict = check(eager, {"fused": fused}, lambda draw: torch.ones(1, 1, 4, 4), autocast=None, gradients=True)
     assert not verdict.passed and verdict.draws == 1
 
 

@@ -35,9 +35,7 @@ def eager(block, x):
 def test_folded_once(block, layout, monkeypatch):
     calls = []
     convolve = inference.ops.fused_convolution
-    monkeypatch.setattr(
-        inference.ops, "fused_convolution", lambda *a: calls.append(a[1].data_ptr() if not a[1].is_mkldnn else 0) or convolve(*a)
-    )
+    monkeypatch.setattr(inference.ops, "fused_convolution", lambda *a: calls.append(1) or convolve(*a))
     built = []
     coefficients = inference.ops.bn_coefficients
     monkeypatch.setattr(inference.ops, "bn_coefficients", lambda *a: built.append(1) or coefficients(*a))

@@ -304,7 +304,8 @@ def test_functional_transforms_run_composed():
     x = torch.randn(3, 2, 8, 6, 6)
     torch.testing.assert_close(torch.vmap(fused)(x), torch.vmap(eager)(x))
     tangent = torch.randn_like(x[0])
-    for a, b in zip(torch.func.jvp(fused, (x[0],), (tangent,)), torch.func.jvp(eager, (x[0],), (tangent,)), strict=True):
+    pushed = [torch.func.jvp(block, (x[0],), (tangent,)) for block in (fused, eager)]
+    for a, b in zip(*pushed, strict=True):
         torch.testing.assert_close(a, b)
     traced = torch.jit.trace(fused, x[0])
     torch.testing.assert_close(traced(x[1]), eager(x[1]))

@@ -493,7 +493,9 @@ ROUND_TRIPS = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=4),
     "lecture": LectureNet,
     "sequence": sequence,
-    "others": lambda: nn.ModuleList([make() for make in OWN_BLOCKS.values()] + [ConvBNRelu(), Conv2dNormActivation(3, 4)]),
+    "others": lambda: nn.ModuleList(
+        [make() for make in OWN_BLOCKS.values()] + [ConvBNRelu(), Conv2dNormActivation(3, 4)]
+    ),
 }
 
 
@@ -535,7 +537,9 @@ def test_fusing_twice_changes_nothing(make):
     assert {e.reason for e in second.fused} == {"already"}
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("make", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
 def test_copies_stay_fused(make, duplicate):
     model = make().eval()
@@ -934,7 +938,8 @@ def test_fold_leaves_what_it_may_not_touch():
         nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
     )
     model[3][1].register_forward_hook(lambda module, args, output: output + 1)
-    nontrivial(nn.ModuleList([m for name, m in model.named_modules() if name not in ("2.1", "") and not len(m._modules)]))
+    leaves = [m for name, m in model.named_modules() if name not in ("2.1", "") and not len(m._modules)]
+    nontrivial(nn.ModuleList(leaves))
     model.eval()
     folded = rf.fold(model)
     assert [type(m[-1]) for m in folded[:4]] == [nn.BatchNorm2d] * 4
