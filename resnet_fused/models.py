@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused import inference
 from resnet_fused.modules import BasicBlock, Bottleneck, run_unit
-from resnet_fused.recognise import is_relu
+from resnet_fused.recognise import any_global_hooks, is_relu
 
 __all__ = ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = is_relu(self.relu)
+        fused = is_relu(self.relu) and not any_global_hooks()
         x = run_unit(x, self.conv1, self.bn1, fused)
         x = x if fused else self.relu(x)
         x = self.maxpool(x)

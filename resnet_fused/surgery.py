@@ -117,23 +117,26 @@ def _descend(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-@functools.cache
-def _fused_class(
-    base: type,
-    original: type,
-    aliases: tuple[tuple[str, str | None], ...] = (),
-    final_relu: bool | None = None,
-    silent: tuple[_Silent, ...] = (),
-) -> type:
+class _Spec(NamedTuple):
     """A class that runs as ``base`` and is an ``original`` otherwise.
 
     ``aliases``: attributes that ``base`` reads, each with the path of the child it stands for, or None for its
     default. ``final_relu``: given where ``base`` lets it be chosen. ``silent``: children that have to be as they
     were for the fused forward to be right.
     """
+
+    base: type
+    original: type
+    aliases: tuple[tuple[str, str | None], ...] = ()
+    final_relu: bool | None = None
+    silent: tuple[_Silent, ...] = ()
+
+
+@functools.cache
+def _fused_class(spec: _Spec) -> type:
+    base, original, aliases, final_relu, silent = spec
     if base is FusedSequential and original is nn.Sequential:
         return FusedSequential
-    spec = (base, original, aliases, final_relu, silent)
 
     def forward(self, x: Tensor) -> Tensor:
         if any_global_hooks() or not all(s.unchanged(self) for s in silent):
@@ -145,7 +148,7 @@ def _fused_class(
         constructor, arguments, *rest = original.__reduce_ex__(self, max(protocol, 2))
         if arguments[:1] != (type(self),):
             return constructor, arguments, *rest  # the original class has a pickling of its own
-        return _new_instance, spec, *rest
+        return _new_instance, (spec,), *rest
 
     namespace: dict[str, Any] = {
         "__doc__": original.__doc__,
@@ -172,8 +175,8 @@ def _alias(path: str) -> property:
     return property(lambda self: _descend(self, path))
 
 
-def _new_instance(*spec) -> nn.Module:
-    cls = _fused_class(*spec)
+def _new_instance(spec: _Spec) -> nn.Module:
+    cls = _fused_class(spec)
     return cls.__new__(cls)
 
 
@@ -185,7 +188,7 @@ def _switch(module: nn.Module, cls: type) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return getattr(type(module).forward, "__module__", "").startswith(f"{__package__}.")
+    return (getattr(type(module).forward, "__module__", None) or "").startswith(f"{__package__}.")
 
 
 def _original_class(module: nn.Module) -> type:
@@ -217,12 +220,20 @@ def _context() -> tuple:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
+class _Proxy(fx.Proxy):
+    def __iadd__(self, other: object) -> fx.Proxy:  # fx.Proxy would record x += y as x = x + y
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Records calls of a module's children without looking into them."""
 
     def __init__(self):
         super().__init__()
         self.context = _context()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -238,16 +249,12 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def _random_state() -> tuple:
-    return random.getstate(), torch.get_rng_state().tolist()
-
-
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
     # What forward assigns to its module stays in the twin; children are shared.
     twin = copy.copy(module)
     twin.training = training
     attributes = dict(twin.__dict__)
-    state = _random_state()
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
     try:
         graph = _Tracer().trace(twin)
     except _Left:
@@ -255,7 +262,9 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph:
     except Exception as error:  # anything may go wrong in a forward that is given a symbol
         message = str(error).strip().partition("\n")[0]
         raise _Left(f"forward cannot be traced: {message or type(error).__name__}") from None
-    if _random_state() != state:
+    if random.getstate() != python_state or not torch.equal(torch.get_rng_state(), torch_state):
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
         raise _Left("forward draws random numbers")
     if twin.__dict__.keys() != attributes.keys() or any(twin.__dict__[k] is not v for k, v in attributes.items()):
         raise _Left("forward assigns to attributes of its module")
@@ -504,7 +513,7 @@ def _plan_torchvision(module: nn.Module, base: type, original: type) -> _Plan:
         raise _Left(f"{type(module).__name__} overrides {original.__name__}.forward")
     _check_children(module, base)
     what = "stem conv1+bn1+relu" if base is ResNet else _shortcut_text(getattr(module, "downsample", None))
-    return _Plan(_KINDS[base], _fused_class(base, type(module)), what)
+    return _Plan(_KINDS[base], _fused_class(_Spec(base, type(module))), what)
 
 
 def _shortcut_text(shortcut: nn.Module | None) -> str:
@@ -552,7 +561,8 @@ def _plan_traced(module: nn.Module) -> _Plan:
         )
     else:
         what = _shortcut_text(_descend(module, shortcut) if shortcut else None)
-    return _Plan(_KINDS[base], _fused_class(base, type(module), aliases, final_relu, structure.silent), what)
+    spec = _Spec(base, type(module), aliases, final_relu, structure.silent)
+    return _Plan(_KINDS[base], _fused_class(spec), what)
 
 
 def _needs_alias(module: nn.Module, role: str, path: str | None) -> bool:
@@ -596,7 +606,7 @@ def _plan_sequence(module: nn.Sequential) -> _Plan | None:
     what = ", ".join(f"{count} {name}" for name, count in counts.items())
     if remarks:
         what += f" (alone: {'; '.join(remarks)})"
-    return _Plan(_KINDS[FusedSequential], _fused_class(FusedSequential, type(module)), what)
+    return _Plan(_KINDS[FusedSequential], _fused_class(_Spec(FusedSequential, type(module))), what)
 
 
 def _position(module: nn.Module, index: int) -> str:

@@ -57,8 +57,8 @@ def test_digits_refuses_no_epochs(tmp_path):
 def test_digits_notices_what_is_wrong(digits):
     good = digits.Run([0.5, 0.1], 0.98, 1.0)
     assert digits.problems(good, good._replace(losses=[0.5, 0.1001])) == []
-    assert "loss curves differ" in digits.problems(good, good._replace(losses=[0.5, 0.2]))[0]
-    assert "loss curves differ" in digits.problems(good, good._replace(losses=[0.5, float("nan")]))[0]
+    assert "losses of epoch 2 differ" in digits.problems(good, good._replace(losses=[0.5, 0.2]))[0]
+    assert "losses of epoch 2 differ" in digits.problems(good, good._replace(losses=[0.5, float("nan")]))[0]
     assert "accuracies" in digits.problems(good, good._replace(accuracy=0.96))[0]
     bad = good._replace(accuracy=0.9)
     assert [p.split(":")[0] for p in digits.problems(bad, bad)] == ["eager", "fused"]
@@ -69,4 +69,4 @@ def test_digits_exit_status(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits, "train", lambda *args, **kwargs: next(runs))
     monkeypatch.setattr(digits.torch, "set_num_threads", lambda n: None)
     assert digits.main(["--epochs", "1", "--output", str(tmp_path / "curves.png")]) == 1
-    assert "FAILED: the loss curves differ" in capsys.readouterr().err
+    assert "FAILED: the losses of epoch 1 differ" in capsys.readouterr().err
