@@ -384,5 +384,6 @@ class ResBlk(_ForgetsFolded):
         if z is not None:
             return z
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.extra(x) + self.bn2(self.conv2(out))
+        out = self.bn2(self.conv2(out))
+        out = self.extra(x) + out
         return F.relu(out) if self.final_relu else out
