@@ -161,10 +161,10 @@ class _Block(torch.autograd.Function):
         def unit_output(i: int, a: Tensor) -> Tensor:
             return outputs[i] if outputs[i] is not None else _convolve(plan.units[i], a, weights[i], parameters[i][1])
 
-        def norm_backward(i: int, sums: Tensor, branch: int) -> Tensor:
-            """Batch norm i's own gradients; returns its backward coefficients."""
+        def norm_backward(i: int, sums: Tensor, branch: int, y: Tensor) -> Tensor:
+            """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
             statistics = plan.units[i].batch_statistics
-            b = ops.bn_backward_finalize(sums, coefficients[i], branch, grad_count, statistics)
+            b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
             _, bias, gamma, beta = parameters[i]
             if needs[i][2]:
                 grads[i][2] = b[0].to(gamma.dtype)
@@ -188,7 +188,6 @@ class _Block(torch.autograd.Function):
 
         a = unit_input(last)
         y = unit_output(last, a)
-        grad_count = y.numel() // y.shape[1]
         grad_shortcut = grad_x = None
         if plan.join is Join.PROJECTION:
             s = unit_output(projection, x)
@@ -199,10 +198,10 @@ class _Block(torch.autograd.Function):
                 grad,
                 y,
                 coefficients[last],
-                norm_backward(last, sums, 0),
+                norm_backward(last, sums, 0, y),
                 s,
                 coefficients[projection],
-                norm_backward(projection, sums, 1),
+                norm_backward(projection, sums, 1, s),
                 plan.relu,
                 plan.units[last].batch_statistics,
                 plan.units[projection].batch_statistics,
@@ -220,7 +219,7 @@ class _Block(torch.autograd.Function):
                 grad,
                 y,
                 coefficients[last],
-                norm_backward(last, sums, 0),
+                norm_backward(last, sums, 0, y),
                 s,
                 z,
                 plan.relu,
@@ -234,7 +233,6 @@ class _Block(torch.autograd.Function):
                 break
             a = unit_input(i - 1)
             below = unit_output(i - 1, a)
-            grad_count = below.numel() // below.shape[1]
             grad_a = ops.dense(grad_a)
             _, sums = ops.bn_backward_reduce(grad_a, below, coefficients[i - 1], relu=True)
             # The gradient is ours: written over, so that no memory is touched for the first time.
@@ -242,7 +240,7 @@ class _Block(torch.autograd.Function):
                 grad_a,
                 below,
                 coefficients[i - 1],
-                norm_backward(i - 1, sums, 0),
+                norm_backward(i - 1, sums, 0, below),
                 relu=True,
                 batch_statistics=plan.units[i - 1].batch_statistics,
             )

@@ -21,11 +21,9 @@ from torch import Tensor
 
 from resnet_fused import autograd, reference
 from resnet_fused.engine import current_engine
-from resnet_fused.units import Conv, Norm, Unit
+from resnet_fused.units import DTYPES, Conv, Norm, Unit
 
 __all__ = ["Conv", "Norm", "Unit", "basic_block", "bn_act", "bottleneck", "conv_bn_act", "residual"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_tensor(name: str, t: Tensor) -> None:
@@ -33,7 +31,7 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if t.dim() != 4:
         raise ValueError(f"{name}: expected a [N, C, H, W] tensor, got {t.dim()} dimensions, {tuple(t.shape)}")
-    if t.dtype not in _DTYPES:
+    if t.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {t.dtype}")
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.units import Conv, Norm
+from resnet_fused.units import DTYPES, Conv, Norm
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -107,13 +106,13 @@ def fusible(x: object) -> bool:
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling():
-        return x.device.type == "cpu" and x.dim() == 4 and x.dtype in _DTYPES
+        return x.device.type == "cpu" and x.dim() == 4 and x.dtype in DTYPES
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.layout is torch.strided
         and x.dim() == 4
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.numel() > 0
         and not any_global_hooks()
         and torch._C._functorch.peek_interpreter_stack() is None

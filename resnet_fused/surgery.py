@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -40,6 +37,7 @@ from resnet_fused.recognise import (
     norm_reason,
 )
 from resnet_fused.sequential import FusedSequential, FusedUnit, run_at, runs_of
+from resnet_fused.structure import Left, Silent, descend, structure_of
 
 __all__ = ["Entry", "FuseReport", "fold", "fuse", "set_memory", "unfuse"]
 
@@ -87,34 +85,12 @@ class FuseReport:
         return "\n".join(lines)
 
 
-class _Left(Exception):
-    """Why a module stays as it is."""
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Classes
 
 
-class _Silent(NamedTuple):
-    """A ReLU, Identity or Sequential of a traced module that fused execution does not call."""
-
-    path: str
-    cls: type
-    length: int
-
-    def unchanged(self, module: nn.Module) -> bool:
-        child = _descend(module, self.path)
-        return type(child) is self.cls and len(child._modules) == self.length and not is_hooked(child)
-
-
 # What a fused forward reads where the original has no such attribute.
 _DEFAULTS = {"relu": nn.ReLU(), "extra": nn.Sequential()}
-
-
-def _descend(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        module = module._modules[name]
-    return module
 
 
 class _Spec(NamedTuple):
@@ -129,7 +105,7 @@ class _Spec(NamedTuple):
     original: type
     aliases: tuple[tuple[str, str | None], ...] = ()
     final_relu: bool | None = None
-    silent: tuple[_Silent, ...] = ()
+    silent: tuple[Silent, ...] = ()
 
 
 @functools.cache
@@ -168,11 +144,11 @@ def _fused_class(spec: _Spec) -> type:
     try:
         return type(f"Fused{original.__name__}", (base, original), namespace)
     except TypeError as error:  # metaclasses or orders of inheritance that do not go together
-        raise _Left(f"{original.__name__}: {error}") from None
+        raise Left(f"{original.__name__}: {error}") from None
 
 
 def _alias(path: str) -> property:
-    return property(lambda self: _descend(self, path))
+    return property(lambda self: descend(self, path))
 
 
 def _new_instance(spec: _Spec) -> nn.Module:
@@ -184,7 +160,7 @@ def _switch(module: nn.Module, cls: type) -> None:
     try:
         module.__class__ = cls
     except TypeError as error:  # __slots__
-        raise _Left(f"{type(module).__name__}: {error}") from None
+        raise Left(f"{type(module).__name__}: {error}") from None
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -193,262 +169,6 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _original_class(module: nn.Module) -> type:
     return getattr(type(module), "_original_class", type(module))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a forward computes, from its symbolic execution
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_IN_PLACE = (operator.iadd, "add_")
-
-
-class _Structure(NamedTuple):
-    """A chain of (convolution, batch norm) pairs with a ReLU between them; perhaps a shortcut, perhaps a ReLU.
-
-    Children by path; ``shortcut``: None without an addition, ``""`` if the input itself is added.
-    """
-
-    pairs: tuple[tuple[str | None, str | None], ...]
-    shortcut: str | None
-    final_relu: bool
-    silent: tuple[_Silent, ...]
-
-
-def _context() -> tuple:
-    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-class _Proxy(fx.Proxy):
-    def __iadd__(self, other: object) -> fx.Proxy:  # fx.Proxy would record x += y as x = x + y
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    """Records calls of a module's children without looking into them."""
-
-    def __init__(self):
-        super().__init__()
-        self.context = _context()
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        if m not in self.submodule_paths and is_relu(m):
-            return forward(*args, **kwargs)  # nn.ReLU()(x), made for the occasion
-        return super().call_module(m, forward, args, kwargs)
-
-    def create_node(self, *args, **kwargs) -> fx.Node:
-        if _context() != self.context:
-            raise _Left("forward changes grad mode or autocast")
-        return super().create_node(*args, **kwargs)
-
-
-def _trace(module: nn.Module, training: bool) -> fx.Graph:
-    # What forward assigns to its module stays in the twin; children are shared.
-    twin = copy.copy(module)
-    twin.training = training
-    attributes = dict(twin.__dict__)
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    try:
-        graph = _Tracer().trace(twin)
-    except _Left:
-        raise
-    except Exception as error:  # anything may go wrong in a forward that is given a symbol
-        message = str(error).strip().partition("\n")[0]
-        raise _Left(f"forward cannot be traced: {message or type(error).__name__}") from None
-    if random.getstate() != python_state or not torch.equal(torch.get_rng_state(), torch_state):
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        raise _Left("forward draws random numbers")
-    if twin.__dict__.keys() != attributes.keys() or any(twin.__dict__[k] is not v for k, v in attributes.items()):
-        raise _Left("forward assigns to attributes of its module")
-    return graph
-
-
-class _Matcher:
-    """Reads a :class:`_Structure` off a graph, from the output back to the input."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph):
-        self.module = module
-        self.nodes = list(graph.nodes)
-        self.read: set[fx.Node] = set()
-        self.silent: dict[str, _Silent] = {}
-
-    def structure(self) -> _Structure:
-        inputs = [node for node in self.nodes if node.op == "placeholder"]
-        if len(inputs) != 1:
-            raise _Left(f"forward takes {len(inputs)} inputs")
-        self.input = inputs[0]
-        node = self.nodes[-1].args[0]
-        if not isinstance(node, fx.Node):
-            raise _Left(f"forward returns a {type(node).__name__}")
-        before = self.relu_operand(node)
-        end = node if before is None else before
-        if end is self.input:
-            raise _Left("forward has no convolution")
-        operands = self.addition_operands(end)
-        if operands is None:
-            steps, shortcut = self.steps(node), None
-        else:
-            if before is not None:
-                self.note_relu(node)
-            steps, shortcut = self.branches(end, *operands)
-        pairs, relu = self.pairs(steps)
-        unread = [n for n in self.nodes if n not in self.read and n.op not in ("placeholder", "output")]
-        if unread:
-            raise _Left(f"forward also does {self.describe(unread[0])}, which no fused module computes")
-        final_relu = relu if operands is None else before is not None
-        if operands is not None and relu:
-            raise _Left("a ReLU stands before the addition")
-        return _Structure(pairs, shortcut, final_relu, tuple(self.silent.values()))
-
-    def describe(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            return f"{node.target} ({type(_descend(self.module, node.target)).__name__})"
-        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-    def relu_operand(self, node: fx.Node) -> fx.Node | None:
-        """The input of ``node`` if it is a ReLU."""
-        relu = (
-            (node.op == "call_function" and node.target in _RELUS)
-            or (node.op == "call_method" and node.target in ("relu", "relu_"))
-            or (node.op == "call_module" and is_relu(_descend(self.module, node.target)))
-        )
-        return self.operand(node) if relu else None
-
-    def operand(self, node: fx.Node) -> fx.Node:
-        operand = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(operand, fx.Node) or len(node.all_input_nodes) != 1:
-            raise _Left(f"{self.describe(node)} has other operands than a tensor")
-        return operand
-
-    def addition_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        added = (node.op == "call_function" and node.target in _ADDITIONS) or (
-            node.op == "call_method" and node.target in ("add", "add_")
-        )
-        if not added:
-            return None
-        if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
-            raise _Left("the addition is not of two tensors")
-        return node.args
-
-    def note_relu(self, node: fx.Node) -> None:
-        self.read.add(node)
-        if node.op == "call_module":
-            self.note_silent(node.target)
-
-    def note_silent(self, path: str) -> None:
-        child = _descend(self.module, path)
-        self.silent[path] = _Silent(path, type(child), len(child._modules))
-
-    def branches(self, addition: fx.Node, a: fx.Node, b: fx.Node) -> tuple[list[tuple[str, str]], str]:
-        """The steps of the main branch and the shortcut's path, which may be added in either order."""
-        self.read.add(addition)
-        first_reason = None
-        for main, side in ((a, b), (b, a)):
-            if addition.target in _IN_PLACE and main is not a:
-                continue  # the shortcut, perhaps the block's own input, would be overwritten
-            if side is self.input:
-                shortcut = ""
-            elif side.op == "call_module" and side.args == (self.input,) and not side.kwargs:
-                shortcut = side.target
-            else:
-                continue
-            read = set(self.read)
-            try:
-                steps = self.steps(main)
-            except _Left as reason:
-                first_reason = first_reason or reason
-                self.read = read
-                continue
-            if side is not self.input:
-                self.sole_use(side)
-                self.read.add(side)
-            return steps, shortcut
-        raise first_reason or _Left("what is added is neither the input nor a child's output of it")
-
-    def sole_use(self, node: fx.Node) -> None:
-        if len(node.users) != 1:
-            raise _Left(f"the result of {self.describe(node)} is used {len(node.users)} times")
-
-    def steps(self, node: fx.Node) -> list[tuple[str, str]]:
-        """(kind, path) of the layers between the input and ``node``, in the order of execution."""
-        found: list[tuple[str, str]] = []
-        while node is not self.input:
-            self.sole_use(node)
-            operand = self.relu_operand(node)
-            if operand is not None:
-                self.note_relu(node)
-                found.insert(0, ("relu", ""))
-            elif node.op == "call_module":
-                operand = self.operand(node)
-                found[:0] = self.layers(node.target)
-            else:
-                raise _Left(f"forward does {self.describe(node)}, which no fused module computes")
-            self.read.add(node)
-            node = operand
-        return found
-
-    def layers(self, path: str) -> list[tuple[str, str]]:
-        child = _descend(self.module, path)
-        if is_relu(child) or is_identity(child):
-            self.note_silent(path)
-            return [("relu" if is_relu(child) else "identity", path)]
-        if type(child) in (nn.Sequential, FusedSequential) and not is_hooked(child):
-            self.note_silent(path)
-            return [step for name in child._modules for step in self.layers(f"{path}.{name}")]
-        if isinstance(child, nn.Conv2d):
-            kind, reason = "conv", conv_reason(child)
-        elif isinstance(child, _NormBase) or "norm" in type(child).__name__.lower():
-            kind, reason = "norm", norm_reason(child)
-        else:
-            kind = reason = f"{type(child).__name__}{' with hooks' if is_hooked(child) else ''}"
-        if reason is not None:
-            raise _Left(f"{path}: {reason}")
-        return [(kind, path)]
-
-    def pairs(self, steps: list[tuple[str, str]]) -> tuple[tuple[tuple[str | None, str | None], ...], bool]:
-        """The chain's (convolution, batch norm) pairs, and whether it ends in a ReLU."""
-        pairs: list[tuple[str | None, str | None]] = []
-        relu = True  # the state in which a pair may begin
-        for kind, path in steps:
-            conv, norm = pairs[-1] if pairs else (None, None)
-            if kind == "conv" and relu:
-                pairs.append((path, None))
-                relu = False
-            elif kind == "norm" and not relu and norm is None:
-                pairs[-1] = (conv, path)
-            elif kind == "norm" and not pairs:
-                pairs.append((None, path))
-                relu = False
-            elif kind == "relu" and not relu:
-                relu = True
-            elif kind == "identity":
-                # Behind a convolution it is a batch norm that was folded, elsewhere nothing.
-                if pairs and not relu and norm is None:
-                    pairs[-1] = (conv, path)
-                    self.silent.pop(path)
-            else:
-                order = ", ".join(kind for kind, _ in steps)
-                raise _Left(f"its layers are {order}")
-        children = [_descend(self.module, path) for pair in pairs for path in pair if path is not None]
-        if len(set(map(id, children))) != len(children):
-            raise _Left("a child is used more than once")
-        return tuple(pairs), relu and bool(pairs)
-
-
-def _structure_of(module: nn.Module) -> _Structure:
-    """What ``module.forward`` computes, in training and in evaluation. Raises :class:`_Left`."""
-    structures = [_Matcher(module, _trace(module, training)).structure() for training in (True, False)]
-    if structures[0] != structures[1]:
-        raise _Left("forward differs between training and evaluation")
-    return structures[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -502,15 +222,15 @@ def _check_children(module: nn.Module, base: type) -> None:
             child = getattr(module, name)
             reason = None if name.startswith("bn") and is_identity(child) else reason_of(child)
             if reason is not None:
-                raise _Left(f"{name}: {reason}")
+                raise Left(f"{name}: {reason}")
     if not is_relu(module.relu):
         hooked = " with hooks" if is_hooked(module.relu) else ""
-        raise _Left(f"relu: {type(module.relu).__name__}{hooked} is not a plain nn.ReLU")
+        raise Left(f"relu: {type(module.relu).__name__}{hooked} is not a plain nn.ReLU")
 
 
 def _plan_torchvision(module: nn.Module, base: type, original: type) -> _Plan:
     if any(getattr(type(module), f, None) is not getattr(original, f, None) for f in ("forward", "_forward_impl")):
-        raise _Left(f"{type(module).__name__} overrides {original.__name__}.forward")
+        raise Left(f"{type(module).__name__} overrides {original.__name__}.forward")
     _check_children(module, base)
     what = "stem conv1+bn1+relu" if base is ResNet else _shortcut_text(getattr(module, "downsample", None))
     return _Plan(_KINDS[base], _fused_class(_Spec(base, type(module))), what)
@@ -531,20 +251,20 @@ def _is_projection(module: nn.Module | None) -> bool:
 
 
 def _plan_traced(module: nn.Module) -> _Plan:
-    structure = _structure_of(module)
+    structure = structure_of(module)
     pairs, shortcut = structure.pairs, structure.shortcut
     if shortcut is None:
         if len(pairs) != 1:
-            raise _Left(f"{len(pairs)} convolutions without a shortcut")
+            raise Left(f"{len(pairs)} convolutions without a shortcut")
         base = FusedUnit
     elif any(None in pair for pair in pairs):
-        raise _Left("a convolution without a batch norm")
+        raise Left("a convolution without a batch norm")
     elif len(pairs) == 2:
         base = BasicBlock if structure.final_relu and not hasattr(module, "extra") else ResBlk
     elif len(pairs) == 3 and structure.final_relu:
         base = Bottleneck
     else:
-        raise _Left(f"a block of {len(pairs)} convolutions{'' if structure.final_relu else ' without a last ReLU'}")
+        raise Left(f"a block of {len(pairs)} convolutions{'' if structure.final_relu else ' without a last ReLU'}")
 
     roles: dict[str, str | None] = {}
     for names, paths in zip(_PAIRS[base], pairs, strict=True):
@@ -560,7 +280,7 @@ def _plan_traced(module: nn.Module) -> _Plan:
             name for name, there in (("conv", pairs[0][0]), ("bn", pairs[0][1]), ("relu", final_relu)) if there
         )
     else:
-        what = _shortcut_text(_descend(module, shortcut) if shortcut else None)
+        what = _shortcut_text(descend(module, shortcut) if shortcut else None)
     spec = _Spec(base, type(module), aliases, final_relu, structure.silent)
     return _Plan(_KINDS[base], _fused_class(spec), what)
 
@@ -574,7 +294,7 @@ def _needs_alias(module: nn.Module, role: str, path: str | None) -> bool:
     present = getattr(module, role)
     if path is None and (is_relu(present) if role == "relu" else is_identity(present)):
         return False
-    raise _Left(f"its attribute {role!r} has another role")
+    raise Left(f"its attribute {role!r} has another role")
 
 
 def _plan_sequence(module: nn.Sequential) -> _Plan | None:
@@ -602,7 +322,7 @@ def _plan_sequence(module: nn.Sequential) -> _Plan | None:
     if not counts and not remarks:
         return None
     if not counts:
-        raise _Left("; ".join(remarks))
+        raise Left("; ".join(remarks))
     what = ", ".join(f"{count} {name}" for name, count in counts.items())
     if remarks:
         what += f" (alone: {'; '.join(remarks)})"
@@ -628,11 +348,11 @@ def _has_block_sequence(module: nn.Module) -> bool:
 
 
 def _plan(module: nn.Module) -> _Plan | None:
-    """How to switch ``module``; None if there is nothing to say about it. Raises :class:`_Left`."""
+    """How to switch ``module``; None if there is nothing to say about it. Raises :class:`Left`."""
     if type(module).forward is nn.Module.forward:
         return None  # a container
     if isinstance(module, fx.GraphModule):
-        raise _Left("a torch.fx graph calls its layers one by one")
+        raise Left("a torch.fx graph calls its layers one by one")
     known = _torchvision_base(module)
     if known is not None and (known[0] is ResNet or type(module).forward is known[1].forward):
         plan = functools.partial(_plan_torchvision, module, *known)
@@ -643,15 +363,15 @@ def _plan(module: nn.Module) -> _Plan | None:
     elif _has_block_sequence(module):
         try:
             return _plan_traced(module)
-        except _Left:
+        except Left:
             return None  # its sequences are reported by themselves
     else:
         return None
     if "forward" in module.__dict__:
-        raise _Left("its forward is replaced on the instance")
+        raise Left("its forward is replaced on the instance")
     found = plan()
     if found is not None and hasattr(module, "memory"):
-        raise _Left("its attribute 'memory' has another role")
+        raise Left("its attribute 'memory' has another role")
     return found
 
 
@@ -661,7 +381,7 @@ def _covered(module: nn.Module) -> Iterator[nn.Module]:
     if shortcut is not None and _is_projection(getattr(module, shortcut)):
         yield getattr(module, shortcut)
     for silent in getattr(type(module), "_silent", ()):
-        yield _descend(module, silent.path)
+        yield descend(module, silent.path)
 
 
 def _kind_of_left(module: nn.Module) -> str:
@@ -726,7 +446,7 @@ def fuse(model: nn.Module, verbose: bool = False) -> FuseReport:
                     continue
                 _switch(module, plan.cls)
                 entry = Entry(name, plan.kind, original, "fused", plan.what)
-            except _Left as reason:
+            except Left as reason:
                 entry = Entry(name, _kind_of_left(module), original, "left", str(reason))
         report.entries.append(entry)
         if entry.status == "fused":
@@ -797,7 +517,7 @@ def fold(model: nn.Module) -> nn.Module:
     fuse(model)
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for parent, conv_path, norm_path in [p for m in model.modules() for p in _folding_pairs(m)]:
-        conv, norm = _descend(parent, conv_path), _descend(parent, norm_path)
+        conv, norm = descend(parent, conv_path), descend(parent, norm_path)
         if (
             conv_reason(conv) is None
             and norm_reason(norm) is None
@@ -807,7 +527,7 @@ def fold(model: nn.Module) -> nn.Module:
         ):
             _fold_pair(conv, norm)
             owner, _, name = norm_path.rpartition(".")
-            (_descend(parent, owner) if owner else parent)._modules[name] = nn.Identity().eval()
+            (descend(parent, owner) if owner else parent)._modules[name] = nn.Identity().eval()
     for module in synchronised:
         module.__class__ = nn.SyncBatchNorm
     return model

@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# The dtypes of activations that have kernels.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Conv(NamedTuple):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
+from lecture import ResBlk, ResBlkOpen
 from torch import nn
 from torchvision.models import resnet as tv
 from torchvision.ops import FrozenBatchNorm2d
@@ -50,29 +50,8 @@ def pair(name, *args, **kwargs):
     return fused, eager
 
 
-class LectureResBlk(nn.Module):
-    """The lecture's block, written out."""
-
-    def __init__(self, ch_in, ch_out, stride=1, relu=True):
-        super().__init__()
-        self.conv1 = nn.Conv2d(ch_in, ch_out, kernel_size=3, stride=stride, padding=1)
-        self.bn1 = nn.BatchNorm2d(ch_out)
-        self.conv2 = nn.Conv2d(ch_out, ch_out, kernel_size=3, stride=1, padding=1)
-        self.bn2 = nn.BatchNorm2d(ch_out)
-        self.extra = nn.Sequential()
-        if ch_out != ch_in:
-            self.extra = nn.Sequential(nn.Conv2d(ch_in, ch_out, kernel_size=1, stride=stride), nn.BatchNorm2d(ch_out))
-        self.final_relu = relu
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out = self.extra(x) + out
-        return F.relu(out) if self.final_relu else out
-
-
-def lecture_pair(*args):
-    eager, fused = LectureResBlk(*args), rf.ResBlk(*args)
+def lecture_pair(ch_in, ch_out, stride=1, relu=True):
+    eager, fused = (ResBlk if relu else ResBlkOpen)(ch_in, ch_out, stride), rf.ResBlk(ch_in, ch_out, stride, relu)
     fused.load_state_dict(eager.state_dict())
     return fused, eager
 
