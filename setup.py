@@ -28,6 +28,7 @@ CPP_SOURCES = [
     "csrc/bindings/bn_ops.cpp",
     "csrc/bindings/module.cpp",
     "csrc/cpu/bn_cpu.cpp",
+    "csrc/cpu/memory_pool.cpp",
     "csrc/cpu/kernels_baseline.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",

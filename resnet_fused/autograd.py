@@ -75,7 +75,7 @@ def _convolve(plan: _UnitPlan, x: Tensor, weight: Tensor | None, bias: Tensor | 
     if not plan.convolves:
         return x
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    return torch.conv2d(x, weight, bias, plan.stride, plan.padding, plan.dilation, plan.groups)
+    return ops.convolution(x, weight, bias, *plan[1:5])
 
 
 def _normalise(plan: _UnitPlan, y: Tensor, norm: Sequence[Tensor | None]) -> Tensor:

@@ -9,6 +9,7 @@ noticed when the module next switches between training and evaluation, through :
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ class _Folded(NamedTuple):
     key: tuple
     weight: Tensor
     bias: Tensor
+    finite: bool
 
 
 _folded: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
@@ -50,7 +52,17 @@ def available(x: Tensor, convs: Sequence[nn.Conv2d], tensors: Sequence[Tensor]) 
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
         return False
     # Inference tensors have no version counter: a change of theirs would go unnoticed.
-    return not any(t.is_inference() for t in tensors)
+    if any(t.is_inference() for t in tensors):
+        return False
+    return is_finite(x)
+
+
+def is_finite(t: Tensor) -> bool:
+    """False if ``t`` holds NaN or infinity, from one read of it; also where its sum overflows, which does no harm.
+
+    oneDNN's ReLU turns NaN into 0, so what is not finite takes the path through our own kernels.
+    """
+    return math.isfinite(t.sum().item())
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -88,18 +100,22 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor
             weight = weight * scale.view(-1, 1, 1, 1)
             bias = bias * scale + shift
         weight, bias = weight.to(dtype), bias.to(dtype)
+        finite = is_finite(weight) and is_finite(bias)
         if packed:
             weight = ops.prepack_weight(weight, *c[2:], list(x.shape))
-        _folded[conv] = folded = _Folded(key, weight, bias)
+        _folded[conv] = folded = _Folded(key, weight, bias, finite)
     return folded
 
 
 def convolve(
     x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, shortcut: Tensor | None, relu: bool, packed: bool
-) -> Tensor:
+) -> Tensor | None:
     """``relu(norm(conv(x)) + shortcut)``; the caller has checked :func:`available` and the modules.
 
-    ``packed``: :func:`uses_packed_weights` of the whole block; it makes the output channels_last.
+    ``packed``: :func:`uses_packed_weights` of the whole block; it makes the output channels_last. None where the
+    folded weights are not finite.
     """
     folded = _fold(conv, norm, x.dtype, x, packed)
+    if not folded.finite:
+        return None
     return ops.fused_convolution(x, folded.weight, folded.bias, *conv_of(conv)[2:], shortcut, relu)

@@ -88,7 +88,9 @@ def _residual(
         if isinstance(shortcut, Tensor):
             tensors.append(shortcut)
         if inference.available(x, [conv for conv, _ in every], tensors):
-            return _infer(x, every, shortcut, projection is not None, relu, dtype)
+            z = _infer(x, every, shortcut, projection is not None, relu, dtype)
+            if z is not None:
+                return z
     if any(n is None for n in norms):
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
     units = [
@@ -103,18 +105,25 @@ def _residual(
 
 def _infer(
     x: Tensor, pairs: Sequence[Pair], shortcut: Tensor | Pair | None, projected: bool, relu: bool, dtype: torch.dtype
-) -> Tensor:
+) -> Tensor | None:
+    """The folded convolutions; None where their ReLU would hide a value that is not finite."""
     packed = inference.uses_packed_weights(x, [conv for conv, _ in pairs])
     identity = shortcut is x
+    if isinstance(shortcut, Tensor) and not identity and not inference.is_finite(shortcut):
+        return None
     x = x.to(dtype)
     if projected:
         *pairs, projection = pairs
         join = inference.convolve(x, *projection, None, False, packed)
+        if join is None:
+            return None
     else:
         join = x if identity else shortcut
     a = x
     for pair in pairs[:-1]:
         a = inference.convolve(a, *pair, None, True, packed)
+        if a is None:
+            return None
     return inference.convolve(a, *pairs[-1], join, relu, packed)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused import _C  # noqa: F401  (registers the operators)
+from resnet_fused import _C
 
 _ops = torch.ops.resnet_fused
 
@@ -35,6 +35,15 @@ def dense(t: Tensor) -> Tensor:
     if t.is_contiguous(memory_format=torch.channels_last):
         return t
     return t.contiguous()
+
+
+def empty_cache() -> None:
+    """Return to the system the CPU memory that waits to be used again.
+
+    Outputs and gradients of at least 1 MiB that fused code allocates on the CPU come from memory that is kept when
+    they are freed: at most as much as was in use together, each block until it waited for 1024 allocations.
+    """
+    _C.empty_memory_pool()
 
 
 def bn_statistics(y: Tensor) -> Tensor:
@@ -186,6 +195,20 @@ def relu_backward_add_(
     return out
 
 
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """fprop of the library's convolution."""
+    with _C.Pooling():
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
 def convolution_backward(
     grad: Tensor,
     x: Tensor,
@@ -200,9 +223,10 @@ def convolution_backward(
     """dgrad and wgrad of the library's convolution, ``None`` for what is not needed."""
     if not (need_input or need_weight):
         return None, None
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_input, need_weight, False)
-    )
+    with _C.Pooling():
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (need_input, need_weight, False)
+        )
     return grad_x, grad_weight
 
 
@@ -242,13 +266,15 @@ def fused_convolution(
     relu: bool,
 ) -> Tensor:
     """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only."""
-    if shortcut is None:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
+    arguments = (weight, bias, padding, stride, dilation, groups)
+    with _C.Pooling():
+        if shortcut is None:
+            activation = "relu" if relu else "none"
+            return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], "")
+        activation = "relu" if relu else None
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, shortcut, *arguments, "add", 1.0, activation, [], ""
         )
-    return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], ""
-    )
 
 
 def _empty_acc(like: Tensor, *size: int) -> Tensor:

@@ -46,6 +46,19 @@ def test_folded_once(block, layout, monkeypatch):
     assert len(calls) == 6 and len(built) == 2
 
 
+@pytest.mark.parametrize("where", ["weight", "running_mean", "shortcut"])
+def test_what_is_not_finite_is_not_hidden(where):
+    unit = rf.ConvBNAct2d(8, 8, 3).eval()
+    shortcut = torch.zeros(2, 8, 7, 7)
+    target = {"weight": unit.conv.weight, "running_mean": unit.bn.running_mean, "shortcut": shortcut}[where]
+    with torch.no_grad():
+        target[1] = float("nan")
+        z = unit(X, shortcut)
+        expected = torch.relu(unit.bn(unit.conv(X)) + shortcut)
+    assert expected.isnan().any()
+    assert torch.equal(z.isnan(), expected.isnan())
+
+
 CHANGES = {
     "optimiser_step": lambda b: b.conv1.weight.add_(0.1),
     "running_mean": lambda b: b.bn1.running_mean.add_(1),

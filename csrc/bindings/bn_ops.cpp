@@ -2,6 +2,7 @@
 // Copyright (c) the resnet_fused authors
 //
 // The batch norm vocabulary as operators: validate, allocate, fill the parameters, run the device's kernels.
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -9,6 +10,7 @@
 
 #include <tuple>
 
+#include "../cpu/memory_pool.h"
 #include "checks.h"
 
 namespace resnet_fused {
@@ -24,6 +26,14 @@ const Backend& backend_of(const Tensor& t) {
 
 at::TensorOptions acc_options(const Tensor& like, at::ScalarType acc) {
   return at::TensorOptions().device(like.device()).dtype(acc);
+}
+
+// A new tensor of the layout that the kernels walk.
+Tensor empty_like(const Dense& dense) {
+  const Tensor& t = dense.tensor;
+  if (!t.device().is_cpu()) return at::empty_like(t, dense.format);
+  return at::detail::empty_generic(t.sizes(), &cpu::memory_pool(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   t.scalar_type(), dense.format);
 }
 
 bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
@@ -139,7 +149,7 @@ Tensor bn_apply(const Tensor& y, const Tensor& coefficients, const OptionalTenso
   const Dense dense(y);
   Tensor shortcut_storage;
   const ShortcutInput input = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
-  Tensor z = at::empty_like(dense.tensor, dense.format);
+  Tensor z = empty_like(dense);
   if (z.numel() == 0) return z;
   backend_of(y).apply({dense.extent(), dtype, dense.tensor.const_data_ptr(), coefficients.const_data_ptr(), input,
                        relu, z.data_ptr()});
@@ -166,7 +176,7 @@ std::tuple<Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const Tensor& 
   p.coefficients = coefficients.const_data_ptr();
   p.shortcut = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   p.mask = relu_mask(relu, z, y, dense, z_storage);
-  Tensor masked = write_grad ? at::empty_like(dense.tensor, dense.format) : at::empty({0}, y.options());
+  Tensor masked = write_grad ? empty_like(dense) : at::empty({0}, y.options());
   Tensor sums = at::empty({1, p.shortcut.coefficients ? 3 : 2, y.size(1)}, acc_options(y, acc));
   if (y.numel() == 0) return {masked, sums.zero_()};
   p.masked_grad = write_grad ? masked.data_ptr() : nullptr;
@@ -225,7 +235,7 @@ Tensor bn_backward_apply(const Tensor& grad, const Tensor& y, const Tensor& coef
   check_activation(y, "y");
   check_like(grad, "grad", y, "y");
   const Dense dense(y);
-  Tensor grad_y = at::empty_like(dense.tensor, dense.format);
+  Tensor grad_y = empty_like(dense);
   backward_apply_into(grad_y, dense.conform(grad), dense.tensor, dense, coefficients, backward_coefficients, shortcut,
                       z, relu, batch_statistics);
   return grad_y;
@@ -266,8 +276,8 @@ std::tuple<Tensor, Tensor> bn_backward_apply_pair(
   p.batch_statistics = batch_statistics;
   p.shortcut = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   p.mask = ReluMask{relu, nullptr};
-  Tensor grad_y = at::empty_like(dense.tensor, dense.format);
-  Tensor grad_shortcut = at::empty_like(dense.tensor, dense.format);
+  Tensor grad_y = empty_like(dense);
+  Tensor grad_shortcut = empty_like(dense);
   p.grad_y = grad_y.data_ptr();
   p.shortcut_backward_coefficients = shortcut_backward_coefficients.const_data_ptr();
   p.shortcut_batch_statistics = shortcut_batch_statistics;

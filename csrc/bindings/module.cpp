@@ -6,7 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <memory>
+
 #include "../cpu/kernels.h"
+#include "../cpu/memory_pool.h"
 
 #ifndef RESNET_FUSED_VERSION
 #define RESNET_FUSED_VERSION "unknown"
@@ -35,6 +38,27 @@ py::dict build_info() {
   return info;
 }
 
+py::dict memory_pool_state() {
+  const resnet_fused::cpu::PoolState state = resnet_fused::cpu::memory_pool_state();
+  py::dict result;
+  result["in_use"] = state.in_use;
+  result["waiting"] = state.waiting;
+  return result;
+}
+
+// cpu::Pooling as Python's `with`.
+struct PoolingContext {
+  std::unique_ptr<resnet_fused::cpu::Pooling> pooling;
+};
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  m.def("memory_pool_state", &memory_pool_state);
+  m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);
+  py::class_<PoolingContext>(m, "Pooling")
+      .def(py::init<>())
+      .def("__enter__", [](PoolingContext& self) { self.pooling = std::make_unique<resnet_fused::cpu::Pooling>(); })
+      .def("__exit__", [](PoolingContext& self, const py::args&) { self.pooling.reset(); });
+}

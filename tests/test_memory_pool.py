@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The CPU's memory pool: what comes from it, that it is used again, and that it lets go."""
+
+import threading
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import _C, ops
+
+MIB = 2**20
+IDENTITY = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+
+
+def activation(mib):
+    return torch.randn(1, 1, mib * 256, 1024)
+
+
+def apply(y):
+    return ops.bn_apply(y, IDENTITY)
+
+
+@pytest.fixture(autouse=True)
+def empty():
+    rf.empty_cache()
+    before = _C.memory_pool_state()["in_use"]
+    yield
+    rf.empty_cache()
+    assert _C.memory_pool_state() == {"in_use": before, "waiting": 0}
+
+
+def change(call):
+    """What ``call`` changed: bytes in use and waiting; and its result, alive."""
+    before = _C.memory_pool_state()
+    result = call()
+    after = _C.memory_pool_state()
+    return after["in_use"] - before["in_use"], after["waiting"] - before["waiting"], result
+
+
+def test_freed_memory_is_used_again():
+    y = activation(4)
+    used, waiting, z = change(lambda: apply(y))
+    assert (used, waiting) == (4 * MIB, 0)
+    address = z.data_ptr()
+    del z
+    assert _C.memory_pool_state()["waiting"] == 4 * MIB
+    used, waiting, z = change(lambda: apply(y))
+    assert (used, waiting, z.data_ptr()) == (4 * MIB, -4 * MIB, address)
+    assert torch.equal(z, y)
+
+
+def test_a_block_much_larger_is_not_taken():
+    apply(activation(8))
+    used, _, z = change(lambda: apply(activation(4)))
+    assert used == 4 * MIB
+
+
+def test_never_holds_more_than_was_in_use_together():
+    apply(activation(8))
+    for mib in (2, 3, 4, 5, 6, 7):
+        z = apply(activation(mib))
+        state = _C.memory_pool_state()
+        assert state["in_use"] + state["waiting"] <= 8 * MIB
+        del z
+
+
+def test_what_waits_too_long_is_given_back():
+    apply(activation(8))
+    small = activation(1)
+    for _ in range(1100):
+        apply(small)
+    assert _C.memory_pool_state()["waiting"] == MIB
+
+
+def test_small_tensors_are_left_to_torch():
+    assert change(lambda: apply(torch.randn(1, 1, 16, 16)))[:2] == (0, 0)
+
+
+def test_convolutions_come_from_it_and_nothing_else_does():
+    x, weight = torch.randn(4, 16, 64, 64), torch.randn(16, 16, 1, 1)
+    used, _, y = change(lambda: ops.convolution(x, weight, None, (1, 1), (0, 0), (1, 1), 1))
+    assert used == MIB
+    used, _, grads = change(
+        lambda: ops.convolution_backward(y, x, weight, (1, 1), (0, 0), (1, 1), 1, True, True)
+    )
+    assert used == MIB
+    assert change(lambda: torch.conv2d(x, weight))[:2] == (0, 0)
+    with pytest.raises(RuntimeError):
+        ops.convolution(x, torch.randn(16, 15, 1, 1), None, (1, 1), (0, 0), (1, 1), 1)
+    assert change(lambda: torch.empty(4 * MIB))[:2] == (0, 0)
+
+
+def test_output_can_be_resized_and_outlives_the_call():
+    z = apply(activation(1))
+    first = z.flatten()[:10].clone()
+    z.resize_(1, 1, 1024, 1024)
+    assert torch.equal(z.flatten()[:10], first)
+
+
+def test_many_threads():
+    block = rf.BasicBlock(16, 16)
+    x = torch.randn(4, 16, 64, 64)
+    block.eval()
+    with torch.no_grad():
+        expected = block(x)
+    wrong = []
+
+    def work():
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(block(x), expected):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_profiler_sees_it():
+    y = activation(4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        z = apply(y)
+    found = {e.key: e.self_cpu_memory_usage for e in profile.key_averages()}
+    assert found["resnet_fused::bn_apply"] == z.nbytes
