@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import blocks, bottleneck, depth, networks, report
-from benchmarks.cases import DTYPES, MODES, Job, Outcome, Settings, run
+from benchmarks.cases import DTYPES, MODES, Job, Outcome, Settings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,13 +43,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def execute(jobs: Iterator[Job], total: int) -> list[Outcome]:
+def execute(jobs: Iterator[Job | networks.NetworkJob], total: int) -> list[Outcome]:
     """Run all jobs, one line of progress each."""
     outcomes = []
     for index, job in enumerate(jobs, 1):
         print(f"[{index:{len(str(total))}}/{total}] {job.case}: ", end="", flush=True)
         start = time.perf_counter()
-        outcome = run(job)
+        outcome = job.run()
         outcomes.append(outcome)
         speed, elapsed = report.ratio(outcome.race.speed), time.perf_counter() - start
         disturbed = ", disturbed" if outcome.race.disturbed else ""
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size=64 if quick else options.size,
         batch=options.batch or (2 if quick else None),
         rounds=options.repeats or (2 if quick else None),
+        isolated=not quick,
     )
     folder = options.output / report.slug(report.device_name(settings.device))
     start = time.perf_counter()

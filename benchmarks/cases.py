@@ -54,17 +54,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A case and what it takes to run it: it is timed on ``x`` and checked on ``draw(0)``, ``draw(1)``, ..."""
-
-    case: Case
-    module: nn.Module
-    x: Tensor
-    draw: Callable[[int], Tensor]
-    effort: Effort
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What was found. ``kept`` holds bytes per image by contestant, in training."""
 
@@ -85,6 +74,7 @@ class Settings:
     size: int = 224  # pixels
     batch: int | None = None  # images
     rounds: int | None = None
+    isolated: bool = True  # every network's case in a process of its own
 
     @property
     def cases_per_subject(self) -> int:
@@ -150,23 +140,33 @@ def network_training_step(module: nn.Module, x: Tensor, case: Case) -> Callable[
     return step
 
 
-def run(job: Job) -> Outcome:
-    """Check and time one job."""
-    case = job.case
-    modules = contestants(job.module, case)
-    x = job.x.to(case.input_dtype)
-    verdict = check(
-        modules["eager"],
-        {name: module for name, module in modules.items() if name != "eager"},
-        lambda draw: job.draw(draw).to(case.input_dtype),
-        autocast=case.autocast,
-        gradients=case.training,
-    )
-    kept = {}
-    make_step = inference_step
-    if case.training:
-        for name, module in modules.items():
-            kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
-        make_step = network_training_step if case.is_network else block_training_step
-    steps = [make_step(modules[name], x, case) for name in ("eager", "fused")]
-    return Outcome(case, len(x), verdict, race(*steps, x.device, job.effort), kept)
+@dataclass(frozen=True)
+class Job:
+    """A case and what it takes to run it: it is timed on ``x`` and checked on ``draw(0)``, ``draw(1)``, ..."""
+
+    case: Case
+    module: nn.Module
+    x: Tensor
+    draw: Callable[[int], Tensor]
+    effort: Effort
+
+    def run(self) -> Outcome:
+        """Check and time it."""
+        case = self.case
+        modules = contestants(self.module, case)
+        x = self.x.to(case.input_dtype)
+        verdict = check(
+            modules["eager"],
+            {name: module for name, module in modules.items() if name != "eager"},
+            lambda draw: self.draw(draw).to(case.input_dtype),
+            autocast=case.autocast,
+            gradients=case.training,
+        )
+        kept = {}
+        make_step = inference_step
+        if case.training:
+            for name, module in modules.items():
+                kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
+            make_step = network_training_step if case.is_network else block_training_step
+        steps = [make_step(modules[name], x, case) for name in ("eager", "fused")]
+        return Outcome(case, len(x), verdict, race(*steps, x.device, self.effort), kept)

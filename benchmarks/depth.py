@@ -12,7 +12,7 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import networks, report
-from benchmarks.cases import Job, Outcome, Settings
+from benchmarks.cases import Outcome, Settings
 
 # Layers with weights, as the papers count them: shortcuts' projections left out.
 LAYERS = {"alexnet": 8, "vgg19": 19, "resnet18": 18, "resnet50": 50, "resnet101": 101, "resnet152": 152}
@@ -29,7 +29,7 @@ def size_of(name: str) -> tuple[int, int]:
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
 
-def jobs(settings: Settings) -> Iterator[Job]:
+def jobs(settings: Settings) -> Iterator[networks.NetworkJob]:
     """Every case of the six networks."""
     return networks.jobs(list(LAYERS), settings, batch=BATCH, seconds=SECONDS)
 

@@ -58,6 +58,15 @@ def test_a_network(tmp_path):
     assert outcome["subject"] == "resnet18"
 
 
+def test_a_network_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "build", None)  # not here
+    choice = ["--networks", "resnet18", "--mode", "training", "--dtype", "bfloat16"]
+    how = ["--size", "64", "--batch", "2", "--repeats", "2"]
+    assert main([*choice, *how, "--output", str(tmp_path)]) == 0
+    (outcome,) = results(tmp_path, "residual.json")["outcomes"]
+    assert outcome["check"]["passed"] and outcome["rounds"] == 2
+
+
 def test_the_bottleneck(tmp_path, capsys):
     choice = ["--bottleneck", "--mode", "inference", "--dtype", "float32"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0

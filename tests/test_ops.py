@@ -383,3 +383,34 @@ TABLE = torch.ones(4, 3)
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("plane", [(1, 1), (7, 7), (9, 11), (30, 30)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_convolution_as_matrix_product(dtype, plane, layout):
+    x = torch.randn(3, 16, *plane, dtype=dtype).to(memory_format=layout)
+    weight, bias = torch.randn(24, 16, 1, 1, dtype=dtype), torch.randn(24, dtype=dtype)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    y = ops.convolution(x, weight, bias, *geometry)
+    eager = torch.conv2d(x, weight, bias)
+    assert y.shape == eager.shape and y.stride() == eager.stride()
+    exact = torch.conv2d(x.double(), weight.double(), bias.double())
+    bound = 2 * (eager - exact).abs().max() + torch.finfo(dtype).tiny
+    assert (y - exact).abs().max() <= bound
+
+    grad = torch.randn_like(y)
+    no_grads = (None, None)
+    assert ops.convolution_backward(grad, x, weight, *geometry, False, False) == no_grads
+    for needs in [(True, True), (True, False), (False, True)]:
+        found = ops.convolution_backward(grad, x, weight, *geometry, *needs)
+        mask = (*needs, False)
+        arguments = (None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, mask)
+        aten = torch.ops.aten.convolution_backward
+        expected = aten(grad, x, weight, *arguments)
+        exact = aten(grad.double(), x.double(), weight.double(), *arguments)
+        for need, f, e, t in zip(needs, found, expected, exact, strict=False):
+            assert (f is not None) == need
+            if need:
+                assert f.shape == e.shape and f.dtype == e.dtype
+                assert (f - t).abs().max() <= 2 * (e - t).abs().max() + torch.finfo(dtype).eps
