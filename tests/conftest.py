@@ -2,9 +2,48 @@
 # Copyright (c) the resnet_fused authors
 import pytest
 import torch
+from simulator import simulated
+
+import resnet_fused
+
+collect_ignore = ["gpusim"]  # the simulator's own tests run on it: make test-gpusim
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what is marked `cuda` where it can't run."""
+    if not torch.cuda.is_available():
+        reason = "needs a GPU, or the simulator: make test-cuda"
+    elif not resnet_fused.build_info()["cuda"]:
+        reason = f"{resnet_fused.__file__} is built without its CUDA kernels"
+    else:
+        return
+    if simulated():  # Nothing else is to be tested there: skipping it all would look like success.
+        raise pytest.UsageError(f"on the simulator: {reason}")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
 def seed():
     """The same random numbers for each test, whichever tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each device with kernels of its own."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def sim_counters():
+    """A function that calls its argument and returns the simulator's counters of each kernel launched, as dicts.
+
+    They are exact and repeatable; tests/gpusim/README.md explains them.
+    """
+    if not simulated():
+        pytest.skip("counts on the simulator only: make test-cuda")
+    import gpusim
+
+    return gpusim.count
