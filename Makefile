@@ -8,6 +8,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?=
 TEST_ARGS ?=
+# The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for.
+SIM_DEVICES ?= t4 a100 h100
+SIM_ARCHS ?= 7.5+PTX 8.0+PTX 9.0a+PTX
+SIM_TESTS ?= cuda
+export GPUSIM_CHECK ?= all
 export RESNET_FUSED_WERROR ?= 1
 
 TORCH := torch>=2.11,<2.16
@@ -29,25 +34,62 @@ KEY := $(subst /,_,$(ENV))
 INSTALLED := $(if $(strip $(VENV)),$(VENV)/installed,build/make/installed$(KEY))
 CONSTRAINTS := build/make/constraints$(KEY)
 BUILT := build/make/built$(KEY)
+SIMULATED := build/make/simulated$(KEY)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # Another torch in this environment needs another build.
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 
+WHERE := $(PY) tests/gpusim/where.py
+
 .DEFAULT_GOAL := help
-.PHONY: help bench test build lint clean preflight
+.PHONY: help bench test test-cuda test-gpusim simulate where build lint clean preflight
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
 	@echo 'BENCH_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
+	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
 
 bench: $(BUILT)  ## build, then run the benchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
-test: $(BUILT)  ## build, then run the tests
+test: $(BUILT)  ## build, then run the tests; without a GPU, quick ones of the CUDA kernels on a simulated one
 	$(PY) -m pytest tests $(TEST_ARGS)
+	@where=$$($(WHERE)) && case $$where in \
+	  gpu) ;; \
+	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_TESTS='cuda and not slow' ;; \
+	  *) echo "The CUDA kernels were not tested: $$where." ;; \
+	esac
+
+test-cuda: $(BUILT)  ## run the CUDA kernels' tests on the GPU, or on simulated ones
+	@where=$$($(WHERE)) && case $$where in \
+	  gpu) $(PY) -m pytest tests -m cuda $(TEST_ARGS) ;; \
+	  simulator) $(MAKE) --no-print-directory simulate ;; \
+	  *) echo "The CUDA kernels can't be tested here: $$where." && exit 1 ;; \
+	esac
+
+where: $(BUILT)  ## say where the CUDA kernels can be tested: gpu, simulator, or why nowhere
+	@$(WHERE)
+
+# The copy of the package comes first on Python's path: by its place, and by the working directory, which
+# `python -m` puts in front. Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
+simulate: $(SIMULATED)
+	@python=$$($(PY) -c 'import sys; print(sys.executable)') && cd build/simulated && \
+	export PYTHONPATH="$$PWD:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" && \
+	for device in $(SIM_DEVICES); do \
+	  echo "The CUDA kernels on a simulated $$device ($(SIM_TESTS)):"; status=0; \
+	  GPUSIM_DEVICE=$$device $(CURDIR)/tests/gpusim/bin/gpusim-run \
+	    $$python -m pytest $(CURDIR)/tests -m '$(SIM_TESTS)' $(TEST_ARGS) || status=$$?; \
+	  $(if $(strip $(TEST_ARGS)),if [ $$status = 5 ]; then echo 'TEST_ARGS left none of them.'; status=0; fi;) \
+	  [ $$status = 0 ] || exit $$status; \
+	done
+
+test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
+	GPUSIM_PYTHON=$(PY) tests/gpusim/tests/ptx/run.sh
+	GPUSIM_CHECK= tests/gpusim/bin/gpusim-run \
+	  $(PY) -m pytest --confcutdir tests/gpusim/tests tests/gpusim/tests/runtime $(TEST_ARGS)
 
 build: $(BUILT)  ## set up the environment and build the extension in place
 
@@ -91,3 +133,10 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(TORCH_FILES)
 	@mkdir -p $(@D) && rm -f build/make/built* && touch build/make/started
 	$(PY) -m pip install --no-build-isolation --no-deps --editable .
 	@mv build/make/started $@
+
+# The package once more, with its CUDA kernels, beside the build in resnet_fused/ and with objects of its own.
+$(SIMULATED): $(INSTALLED) $(SOURCES) $(shell find resnet_fused -name '*.py') $(TORCH_FILES)
+	@mkdir -p $(@D) && rm -rf build/make/simulated* build/simulated && touch build/make/simulated-started
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
+	  build_ext --build-lib build/simulated --build-temp build/simulated-objects
+	@mv build/make/simulated-started $@
