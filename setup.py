@@ -33,7 +33,15 @@ CPP_SOURCES = [
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
 ]
-CUDA_SOURCES: list[str] = []
+CUDA_SOURCES = [
+    "csrc/cuda/backend.cpp",
+    "csrc/cuda/bn_apply.cu",
+    "csrc/cuda/bn_backward_apply.cu",
+    "csrc/cuda/bn_backward_reduce.cu",
+    "csrc/cuda/bn_finalize.cu",
+    "csrc/cuda/bn_statistics.cu",
+    "csrc/cuda/relu_backward_add.cu",
+]
 
 # No -march: the files in csrc/cpu name their instruction set themselves and are chosen between at run time.
 # -fopenmp, when compiling only: at::parallel_for is an inline function that runs serially without it. Linking

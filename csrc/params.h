@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// What crosses from the operators (csrc/bindings) to the kernels (csrc/cpu and, later, csrc/cuda): plain
+// What crosses from the operators (csrc/bindings) to the kernels (csrc/cpu and csrc/cuda): plain
 // structs of pointers and sizes. No torch here, so that kernels compile without it.
 //
 // "acc" below is the accumulation type of the tensor dtype: double for Float64, float for all others.
@@ -38,14 +38,14 @@ struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::Float32;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 struct StatisticsParams {
   Extent extent;
   DType dtype;
   const void* y;
-  void* statistics;  // [3, C] acc
+  void* statistics;  // [reduction_tiles, 3, C] acc
 };
 
 struct FinalizeParams {
@@ -100,7 +100,7 @@ struct BackwardReduceParams {
   ShortcutInput shortcut;  // with coefficients: the second branch, whose third sum is formed
   ReluMask mask;
   void* masked_grad;  // null, or receives the gradient behind the ReLU
-  void* sums;         // [2 or 3, C] acc: sum g, sum g*(y - mean), sum g*(shortcut - shortcut_mean)
+  void* sums;         // [reduction_tiles, 2 or 3, C] acc: sum g, sum g*(y - mean), sum g*(shortcut - shortcut_mean)
 };
 
 struct BackwardFinalizeParams {
@@ -145,6 +145,7 @@ struct ReluBackwardAddParams {
 
 // One device's implementation of the vocabulary. Every entry returns after the work is enqueued (CPU: done).
 struct Backend {
+  int64_t (*reduction_tiles)(const Extent&);  // by shape alone
   void (*statistics)(const StatisticsParams&);
   void (*finalize)(const FinalizeParams&);
   void (*coefficients)(const CoefficientsParams&);
@@ -156,5 +157,8 @@ struct Backend {
 };
 
 const Backend& cpu_backend();
+#ifdef RESNET_FUSED_WITH_CUDA
+const Backend& cuda_backend();
+#endif
 
 }  // namespace resnet_fused

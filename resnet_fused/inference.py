@@ -45,7 +45,7 @@ def available(x: Tensor, convs: Sequence[nn.Conv2d], tensors: Sequence[Tensor]) 
     ``tensors``: every parameter, running statistic and shortcut that takes part.
     """
     dtype = compute_dtype(x)
-    if torch.compiler.is_compiling() or dtype not in _DTYPES or not ops.has_fused_convolution():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or dtype not in _DTYPES or not ops.has_fused_convolution():
         return False
     if dtype == torch.bfloat16 and not uses_packed_weights(x, convs):
         return False  # oneDNN takes plain weights in float32 alone

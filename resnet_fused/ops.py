@@ -17,12 +17,15 @@ the argument. Results are the same bits from run to run and for any number of th
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from resnet_fused import _C
 
 _ops = torch.ops.resnet_fused
+_WITH_CUDA: bool = _C.build_info()["cuda"]
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,8 +49,16 @@ def empty_cache() -> None:
     _C.empty_memory_pool()
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether this build serves tensors on ``device``."""
+    return device.type == "cpu" or (device.type == "cuda" and _WITH_CUDA)
+
+
 def bn_statistics(y: Tensor) -> Tensor:
-    """Per-channel count, mean and M2 (sum of squared deviations) of ``y``: ``[1, 3, C]`` acc."""
+    """Per-channel count, mean and M2 (sum of squared deviations) of ``y``: ``[tiles, 3, C]`` acc.
+
+    How many tiles depends on the shape and layout alone; one on the CPU.
+    """
     return _ops.bn_statistics(y)
 
 
@@ -106,8 +117,8 @@ def bn_backward_reduce(
 ) -> tuple[Tensor, Tensor]:
     """The sums of one or two batch norms' backward over ``g``, the gradient behind the ReLU.
 
-    Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[1, 2, C]`` acc: sum of g, sum of
-    g*(y - mean); with ``shortcut_coefficients`` a third row, sum of g*(shortcut - its mean). The ReLU's mask
+    Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[tiles, 2, C]`` acc, tiles as in
+    :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum of g*(shortcut - its mean). The ReLU's mask
     is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and ``shortcut``.
     """
     return _ops.bn_backward_reduce(
@@ -233,6 +244,11 @@ def _planes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
+def _pooling(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """What an operator of PyTorch allocates for ``x`` on the CPU comes from the memory pool, too."""
+    return _C.Pooling() if x.device.type == "cpu" else contextlib.nullcontext()
+
+
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -243,7 +259,7 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """fprop of the library's convolution."""
-    with _C.Pooling():
+    with _pooling(x):
         if _is_matmul(x, weight, stride, padding, groups, _MATMUL_PLANE):
             return _planes(torch.nn.functional.linear(_rows(x), weight.flatten(1), bias), x)
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -262,7 +278,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad and wgrad of the library's convolution, ``None`` for what is not needed."""
     grad_x = grad_weight = None
-    with _C.Pooling():
+    with _pooling(x):
         if grad.is_contiguous(memory_format=torch.channels_last):
             if need_input and _is_matmul(x, weight, stride, padding, groups, _MATMUL_PLANE):
                 grad_x = _planes(_rows(grad) @ weight.flatten(1), x)
@@ -325,13 +341,20 @@ def fused_convolution(
         )
 
 
-def _empty_acc(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(size, dtype=acc_dtype(like.dtype))
+def _empty_tiles(y: Tensor, rows: int) -> Tensor:
+    n, channels, height, width = y.shape
+    plane = height * width
+    if torch._prims_common.suggest_memory_format(y) is torch.channels_last:
+        extent = (n * plane, channels, 1)
+    else:
+        extent = (n, channels, plane)
+    tiles = _C.reduction_tiles(y.device.type, *map(int, extent))
+    return y.new_empty((tiles, rows, channels), dtype=acc_dtype(y.dtype))
 
 
 @torch.library.register_fake("resnet_fused::bn_statistics")
 def _(y):
-    return _empty_acc(y, 1, 3, y.shape[1])
+    return _empty_tiles(y, 3)
 
 
 @torch.library.register_fake("resnet_fused::bn_finalize")
@@ -355,7 +378,7 @@ def _(y, coefficients, shortcut, shortcut_coefficients, relu):
 
 @torch.library.register_fake("resnet_fused::bn_backward_reduce")
 def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad):
-    sums = _empty_acc(y, 1, 2 if shortcut_coefficients is None else 3, y.shape[1])
+    sums = _empty_tiles(y, 2 if shortcut_coefficients is None else 3)
     return (_empty_dense(y) if write_grad else y.new_empty(0)), sums
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import ops
 from resnet_fused.units import DTYPES, Conv, Norm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -106,10 +107,10 @@ def fusible(x: object) -> bool:
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling():
-        return x.device.type == "cpu" and x.dim() == 4 and x.dtype in DTYPES
+        return ops.has_kernels(x.device) and x.dim() == 4 and x.dtype in DTYPES
     return (
         type(x) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
+        and ops.has_kernels(x.device)
         and x.layout is torch.strided
         and x.dim() == 4
         and x.dtype in DTYPES

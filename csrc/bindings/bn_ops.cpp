@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../cpu/memory_pool.h"
+#include "backends.h"
 #include "checks.h"
 
 namespace resnet_fused {
@@ -19,9 +20,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const Backend& backend_of(const Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(t.device().is_cpu(), "resnet_fused was built without kernels for device ", t.device());
-  return cpu_backend();
+// Statistics and sums come in as many tiles as the backend leaves: bn_finalize and bn_backward_finalize merge them.
+int64_t reduction_tiles(const Dense& dense) {
+  return backend_of(dense.tensor.device().type()).reduction_tiles(dense.extent());
 }
 
 at::TensorOptions acc_options(const Tensor& like, at::ScalarType acc) {
@@ -71,9 +72,9 @@ Tensor bn_statistics(const Tensor& y) {
   check_activation(y, "y");
   const Dense dense(y);
   const DType dtype = dtype_of(y, "y");
-  Tensor statistics = at::empty({1, kStatisticsRows, y.size(1)}, acc_options(y, acc_type(dtype)));
+  Tensor statistics = at::empty({reduction_tiles(dense), kStatisticsRows, y.size(1)}, acc_options(y, acc_type(dtype)));
   if (y.numel() == 0) return statistics.zero_();
-  backend_of(y).statistics({dense.extent(), dtype, dense.tensor.const_data_ptr(), statistics.data_ptr()});
+  on_device_of(y)->statistics({dense.extent(), dtype, dense.tensor.const_data_ptr(), statistics.data_ptr()});
   return statistics;
 }
 
@@ -115,7 +116,7 @@ Tensor bn_finalize(const Tensor& statistics, const OptionalTensor& weight, const
   p.momentum = momentum.value_or(-1.0);
   p.eps = eps;
   p.coefficients = coefficients.data_ptr();
-  backend_of(statistics).finalize(p);
+  on_device_of(statistics)->finalize(p);
   return coefficients;
 }
 
@@ -137,7 +138,7 @@ Tensor bn_coefficients(const Tensor& running_mean, const Tensor& running_var, co
   p.running_var = channel_vector(running_var, "running_var", channels, device);
   p.eps = eps;
   p.coefficients = coefficients.data_ptr();
-  backend_of(running_mean).coefficients(p);
+  on_device_of(running_mean)->coefficients(p);
   return coefficients;
 }
 
@@ -151,7 +152,7 @@ Tensor bn_apply(const Tensor& y, const Tensor& coefficients, const OptionalTenso
   const ShortcutInput input = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   Tensor z = empty_like(dense);
   if (z.numel() == 0) return z;
-  backend_of(y).apply({dense.extent(), dtype, dense.tensor.const_data_ptr(), coefficients.const_data_ptr(), input,
+  on_device_of(y)->apply({dense.extent(), dtype, dense.tensor.const_data_ptr(), coefficients.const_data_ptr(), input,
                        relu, z.data_ptr()});
   return z;
 }
@@ -177,11 +178,11 @@ std::tuple<Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const Tensor& 
   p.shortcut = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   p.mask = relu_mask(relu, z, y, dense, z_storage);
   Tensor masked = write_grad ? empty_like(dense) : at::empty({0}, y.options());
-  Tensor sums = at::empty({1, p.shortcut.coefficients ? 3 : 2, y.size(1)}, acc_options(y, acc));
+  Tensor sums = at::empty({reduction_tiles(dense), p.shortcut.coefficients ? 3 : 2, y.size(1)}, acc_options(y, acc));
   if (y.numel() == 0) return {masked, sums.zero_()};
   p.masked_grad = write_grad ? masked.data_ptr() : nullptr;
   p.sums = sums.data_ptr();
-  backend_of(y).backward_reduce(p);
+  on_device_of(y)->backward_reduce(p);
   return {masked, sums};
 }
 
@@ -199,7 +200,7 @@ Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int6
   const int64_t channels = sums.size(2);
   check_table(coefficients, "coefficients", kCoefficientRows, channels, sums.scalar_type(), sums);
   Tensor out = at::empty({kBackwardRows, channels}, sums.options());
-  backend_of(sums).backward_finalize({channels, sums.size(0), sums.size(1), branch, count, batch_statistics,
+  on_device_of(sums)->backward_finalize({channels, sums.size(0), sums.size(1), branch, count, batch_statistics,
                                       sums.scalar_type() == at::kDouble, sums.const_data_ptr(),
                                       coefficients.const_data_ptr(), out.data_ptr()});
   return out;
@@ -226,7 +227,7 @@ void backward_apply_into(const Tensor& grad_y, const Tensor& grad, const Tensor&
   p.shortcut = shortcut_input(shortcut, std::nullopt, y, dense, shortcut_storage);
   p.mask = relu_mask(relu, z, y, dense, z_storage);
   p.grad_y = grad_y.data_ptr();
-  if (y.numel() != 0) backend_of(y).backward_apply(p);
+  if (y.numel() != 0) on_device_of(y)->backward_apply(p);
 }
 
 Tensor bn_backward_apply(const Tensor& grad, const Tensor& y, const Tensor& coefficients,
@@ -282,7 +283,7 @@ std::tuple<Tensor, Tensor> bn_backward_apply_pair(
   p.shortcut_backward_coefficients = shortcut_backward_coefficients.const_data_ptr();
   p.shortcut_batch_statistics = shortcut_batch_statistics;
   p.grad_shortcut = grad_shortcut.data_ptr();
-  if (y.numel() != 0) backend_of(y).backward_apply(p);
+  if (y.numel() != 0) on_device_of(y)->backward_apply(p);
   return {grad_y, grad_shortcut};
 }
 
@@ -308,12 +309,10 @@ void relu_backward_add_(const Tensor& out, const Tensor& grad, const Tensor& y, 
   p.shortcut = shortcut_input(shortcut, std::nullopt, y, dense, shortcut_storage);
   p.mask = relu_mask(true, z, y, dense, z_storage);
   p.out = out.data_ptr();
-  backend_of(y).relu_backward_add(p);
+  on_device_of(y)->relu_backward_add(p);
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+void register_kernels(torch::Library& m) {
   m.impl("bn_statistics", bn_statistics);
   m.impl("bn_finalize", bn_finalize);
   m.impl("bn_coefficients", bn_coefficients);
@@ -325,6 +324,13 @@ TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("bn_backward_apply_pair", bn_backward_apply_pair);
   m.impl("relu_backward_add_", relu_backward_add_);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { register_kernels(m); }
+#ifdef RESNET_FUSED_WITH_CUDA
+TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_kernels(m); }
+#endif
 
 // The vocabulary has no derivative of its own (resnet_fused/autograd.py differentiates whole blocks); asking for
 // one is an error rather than a silent None.

@@ -7,9 +7,11 @@
 #include <torch/version.h>
 
 #include <memory>
+#include <string>
 
 #include "../cpu/kernels.h"
 #include "../cpu/memory_pool.h"
+#include "backends.h"
 
 #ifndef RESNET_FUSED_VERSION
 #define RESNET_FUSED_VERSION "unknown"
@@ -38,6 +40,11 @@ py::dict build_info() {
   return info;
 }
 
+// In how many tiles bn_statistics and bn_backward_reduce leave their results for a dense tensor of this extent.
+int64_t reduction_tiles(const std::string& device, int64_t outer, int64_t channels, int64_t inner) {
+  return resnet_fused::backend_of(c10::Device(device).type()).reduction_tiles({outer, channels, inner});
+}
+
 py::dict memory_pool_state() {
   const resnet_fused::cpu::PoolState state = resnet_fused::cpu::memory_pool_state();
   py::dict result;
@@ -55,6 +62,7 @@ struct PoolingContext {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
+  m.def("reduction_tiles", &reduction_tiles);
   m.def("memory_pool_state", &memory_pool_state);
   m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);
   py::class_<PoolingContext>(m, "Pooling")

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// Batch norm's affine map, the shortcut and the ReLU in one pass.
+#include "elementwise.cuh"
+#include "join.cuh"
+#include "kernels.h"
+
+namespace resnet_fused::cuda {
+namespace {
+
+template <class T, Shortcut kShortcut>
+struct Apply {
+  using Storage = T;
+  using Value = typename T::Value;
+  using Acc = typename T::Acc;
+  static constexpr int kInputs = kShortcut == Shortcut::kNone ? 1 : 2;
+  static constexpr int kOutputs = 1;
+  static constexpr int kCoefficients = kJoinCoefficients<kShortcut>;
+
+  const Value* inputs[kInputs];
+  Value* outputs[kOutputs];
+  const Acc* coefficients[kCoefficients];
+  bool relu;
+
+  explicit Apply(const ApplyParams& p) : relu(p.relu) {
+    inputs[0] = static_cast<const Value*>(p.y);
+    if constexpr (kShortcut != Shortcut::kNone) inputs[1] = static_cast<const Value*>(p.shortcut.data);
+    outputs[0] = static_cast<Value*>(p.z);
+    fill_join_coefficients<kShortcut>(coefficients, p.extent.channels, p.coefficients, p.shortcut);
+  }
+
+  __device__ void operator()(const Acc* c, const Acc* in, Acc* out) const {
+    const Acc z = join<kShortcut>(c, in[0], in[kInputs - 1]);
+    out[0] = relu && z < Acc(0) ? Acc(0) : z;  // a NaN passes, as in eager
+  }
+};
+
+}  // namespace
+
+cudaError_t apply(const ApplyParams& p, cudaStream_t stream) {
+  return dispatch_dtype(p.dtype, [&](auto t) {
+    return dispatch_shortcut(p.shortcut, [&](auto shortcut) {
+      return run_elementwise(Apply<decltype(t), shortcut.value>(p), p.extent, stream);
+    });
+  });
+}
+
+}  // namespace resnet_fused::cuda

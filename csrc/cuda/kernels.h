@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// The CUDA kernels as the host code sees them: each call enqueues its work on `stream` of the current device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+namespace resnet_fused::cuda {
+
+cudaError_t statistics(const StatisticsParams& p, cudaStream_t stream);
+cudaError_t finalize(const FinalizeParams& p, cudaStream_t stream);
+cudaError_t coefficients(const CoefficientsParams& p, cudaStream_t stream);
+cudaError_t apply(const ApplyParams& p, cudaStream_t stream);
+cudaError_t backward_reduce(const BackwardReduceParams& p, cudaStream_t stream);
+cudaError_t backward_finalize(const BackwardFinalizeParams& p, cudaStream_t stream);
+cudaError_t backward_apply(const BackwardApplyParams& p, cudaStream_t stream);
+cudaError_t relu_backward_add(const ReluBackwardAddParams& p, cudaStream_t stream);
+
+// For the launches: how many blocks of kThreads threads of `kernel` the current device runs at the same time.
+int64_t resident_blocks(const void* kernel);
+
+}  // namespace resnet_fused::cuda
