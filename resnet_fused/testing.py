@@ -95,7 +95,7 @@ def errors(actual, reference, scale=None):
     a batch norm: relative to such a reference any error would be infinite. NaN and infinities have to
     be where the reference has them; the error is infinite otherwise.
     """
-    actual, reference = actual.detach().double(), reference.detach().double()
+    actual, reference = (t.detach().cpu().double() for t in (actual, reference))
     finite = reference.isfinite()
     special = torch.equal(
         actual[~finite].nan_to_num(nan=0.5, posinf=math.inf, neginf=-math.inf),
@@ -190,8 +190,8 @@ def observe(module, x, *, autocast=None, gradients=True):
 
 
 def observe_reference(module, x, *, gradients=True):
-    """Run a float64 copy of `module` on `x` in float64; see `observe`."""
-    return observe(copy.deepcopy(module).double(), x.double(), gradients=gradients)
+    """Run a float64 copy of `module` on `x` in float64, both on the CPU; see `observe`."""
+    return observe(copy.deepcopy(module).cpu().double(), x.cpu().double(), gradients=gradients)
 
 
 def compare_observations(fused, eager, reference, *, precision):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from simulator import simulated
 from torch import nn
 
 import resnet_fused as rf
@@ -41,8 +42,8 @@ BLOCKS = {
 }
 
 
-def make(name, mode):
-    block = BLOCKS[name]().double()
+def make(name, mode, device="cpu"):
+    block = BLOCKS[name]().double().to(device)
     for p in block.parameters():
         nn.init.normal_(p, std=0.5)
     for b in block.buffers():
@@ -73,26 +74,26 @@ def is_fused(z):
 @pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_gradients(name, mode, memory):
-    block = make(name, mode)
+def test_gradients(device, name, mode, memory):
+    block = make(name, mode, device)
     block.memory = memory
-    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
     assert is_fused(block(x))
-    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_second_derivatives(name, mode):
-    block = make(name, mode)
-    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()))
+def test_second_derivatives(device, name, mode):
+    block = make(name, mode, device)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
 
 
 @pytest.mark.parametrize("relu", [True, False])
-def test_shortcut_from_elsewhere(relu):
-    x, s = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    w, g, b = (torch.randn(*v, dtype=torch.float64, requires_grad=True) for v in ((3, 3, 3, 3), (3,), (3,)))
+def test_shortcut_from_elsewhere(device, relu):
+    shapes = (2, 3, 4, 5), (2, 3, 4, 5), (3, 3, 3, 3), (3,), (3,)
+    x, s, w, g, b = (torch.randn(*v, dtype=torch.float64, device=device, requires_grad=True) for v in shapes)
 
     def run(x, s, w, g, b):
         return functional.conv_bn_act(x, Conv(w, padding=(1, 1)), Norm(g, b), relu, s)
@@ -101,9 +102,9 @@ def test_shortcut_from_elsewhere(relu):
     assert torch.autograd.gradgradcheck(run, (x, s, w, g, b))
 
 
-def test_gradients_are_the_reference_engines():
-    block = make("basic_projection", "train")
-    x = torch.randn(2, IN, 6, 6, dtype=torch.float64)
+def test_gradients_are_the_reference_engines(device):
+    block = make("basic_projection", "train", device)
+    x = torch.randn(2, IN, 6, 6, dtype=torch.float64, device=device)
 
     def gradients():
         b = copy.deepcopy(block)
@@ -119,9 +120,9 @@ def test_gradients_are_the_reference_engines():
 
 
 @pytest.mark.parametrize("frozen", ["input", "weights", "norms", "first"])
-def test_only_what_is_asked_for(frozen):
-    block = make("basic_projection", "train")
-    x = torch.randn(2, IN, 6, 6, dtype=torch.float64, requires_grad=frozen != "input")
+def test_only_what_is_asked_for(device, frozen):
+    block = make("basic_projection", "train", device)
+    x = torch.randn(2, IN, 6, 6, dtype=torch.float64, device=device, requires_grad=frozen != "input")
     for name, p in block.named_parameters():
         p.requires_grad_(
             not (
@@ -142,9 +143,9 @@ def test_only_what_is_asked_for(frozen):
             assert got.grad is None
 
 
-def test_backward_twice_and_changed_inputs():
-    block = make("bottleneck_identity", "train")
-    x = torch.randn(2, IN, 4, 4, dtype=torch.float64)
+def test_backward_twice_and_changed_inputs(device):
+    block = make("bottleneck_identity", "train", device)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device)
     z = block(x)
     z.sum().backward(retain_graph=True)
     first = block.conv2.weight.grad.clone()
@@ -179,7 +180,7 @@ def kept_bytes(block, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "bound"), [("BasicBlock", 0.80), ("Bottleneck", 0.87)])
 @pytest.mark.parametrize("projected", [False, True])
-def test_bytes_kept_for_backward(name, bound, projected, dtype):
+def test_bytes_kept_for_backward(device, name, bound, projected, dtype):
     from torchvision.models import resnet
 
     inplanes, planes = (64, 64) if name == "BasicBlock" else (256, 64)
@@ -190,9 +191,10 @@ def test_bytes_kept_for_backward(name, bound, projected, dtype):
         downsample = nn.Sequential(
             nn.Conv2d(inplanes, planes * expansion, 1, 2, bias=False), nn.BatchNorm2d(planes * expansion)
         )
-    eager = getattr(resnet, name)(inplanes, planes, stride, downsample).to(dtype)
-    fused = getattr(rf, name)(inplanes, planes, stride, copy.deepcopy(downsample)).to(dtype)
-    x = torch.randn(4, inplanes, 32, 32, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    eager = getattr(resnet, name)(inplanes, planes, stride, downsample).to(device, dtype)
+    fused = getattr(rf, name)(inplanes, planes, stride, copy.deepcopy(downsample)).to(device, dtype)
+    x = torch.randn(4, inplanes, 32, 32, dtype=dtype, device=device)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
     # What eager keeps is counted from the block's own start: its input is a leaf that both keep.
     by_eager = kept_bytes(eager, x)
     assert kept_bytes(fused, x) <= bound * by_eager
@@ -200,11 +202,11 @@ def test_bytes_kept_for_backward(name, bound, projected, dtype):
     assert kept_bytes(fused, x) <= 0.60 * by_eager
 
 
-def test_checkpointing():
+def test_checkpointing(device):
     from torch.utils.checkpoint import checkpoint
 
-    block = make("basic_identity", "train")
-    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, requires_grad=True)
+    block = make("basic_identity", "train", device)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
     block(x).square().sum().backward()
     expected, x.grad = x.grad, None
     checkpoint(block, x, use_reentrant=False).square().sum().backward()

@@ -85,9 +85,9 @@ PAIRS = {
 @pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "autocast"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", PAIRS)
-def test_block(name, training, precision, layout):
+def test_block(device, name, training, precision, layout):
     channels, build = PAIRS[name]
-    fused, eager = build()
+    fused, eager = (m.to(device) for m in build())
     dtype = torch.bfloat16 if precision in ("bfloat16", "autocast") else getattr(torch, precision)
     if precision != "autocast":
         fused.to(dtype), eager.to(dtype)
@@ -98,7 +98,7 @@ def test_block(name, training, precision, layout):
 
 
         def compare(gradients=gradients):
-            x = torch.randn(4, channels, 14, 12).to(memory_format=layout).to(dtype)
+            x = torch.randn(4, channels, 14, 12).to(memory_format=layout).to(device, dtype)
             return compare_modules(fused, eager, x, autocast=autocast, gradients=gradients)
 
         assert_policy(compare, draws=6 if dtype == torch.bfloat16 else 1)
@@ -106,9 +106,9 @@ def test_block(name, training, precision, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_memory_format_is_eagers(training, layout):
-    fused, eager = (m.train(training) for m in pair("BasicBlock", 16, 24, 2, downsample(16, 24, 2)))
-    x = torch.randn(2, 16, 8, 8).to(memory_format=layout)
+def test_memory_format_is_eagers(device, training, layout):
+    fused, eager = (m.train(training).to(device) for m in pair("BasicBlock", 16, 24, 2, downsample(16, 24, 2)))
+    x = torch.randn(2, 16, 8, 8, device=device).to(memory_format=layout)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             assert fused(x).stride() == eager(x).stride()
@@ -139,11 +139,13 @@ def test_network_from_builder(name, training):
     assert_policy(compare, draws=6)
 
 
-def test_as_block_of_torchvisions_resnet():
+def test_as_block_of_torchvisions_resnet(device):
     eager = tv.ResNet(tv.BasicBlock, [1, 1, 1, 1], num_classes=10)
     fused = tv.ResNet(rf.BasicBlock, [1, 1, 1, 1], num_classes=10)
     fused.load_state_dict(eager.state_dict())
-    assert_passed(compare_modules(fused, eager, torch.randn(4, 3, 32, 32)))
+    fused.to(device), eager.to(device)
+    # Four values per channel in the last stage.
+    assert_policy(lambda: compare_modules(fused, eager, torch.randn(4, 3, 32, 32, device=device)), draws=6)
     tv.ResNet(rf.Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=[False, True, True])
 
 
@@ -235,11 +237,11 @@ def test_reference_engine_runs_any_module():
 
 
 @pytest.mark.parametrize("relu", [True, False])
-def test_batch_norm_act(relu):
-    ours = rf.BatchNormAct2d(16, relu=relu)
-    theirs = nn.BatchNorm2d(16)
+def test_batch_norm_act(device, relu):
+    ours = rf.BatchNormAct2d(16, relu=relu).to(device)
+    theirs = nn.BatchNorm2d(16).to(device)
     theirs.load_state_dict(ours.state_dict())
-    x, s = torch.randn(4, 16, 5, 6), torch.randn(4, 16, 5, 6)
+    x, s = torch.randn(2, 4, 16, 5, 6, device=device)
     for shortcut in (None, s):
         for training in (True, False):
             z = theirs.train(training)(x) if shortcut is None else theirs.train(training)(x) + s
@@ -248,10 +250,10 @@ def test_batch_norm_act(relu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_is_repeatable(dtype):
+def test_training_is_repeatable(device, dtype):
     fused, _ = pair("Bottleneck", 16, 8, 2, downsample(16, 32, 2))
-    fused.to(dtype)
-    x = torch.randn(8, 16, 14, 14, dtype=dtype).to(memory_format=torch.channels_last)
+    fused.to(device, dtype)
+    x = torch.randn(8, 16, 14, 14, dtype=dtype, device=device).to(memory_format=torch.channels_last)
 
     def run():
         block = copy.deepcopy(fused)
