@@ -30,9 +30,14 @@ struct Apply {
     fill_join_coefficients<kShortcut>(coefficients, p.extent.channels, p.coefficients, p.shortcut);
   }
 
-  __device__ void operator()(const Acc* c, const Acc* in, Acc* out) const {
-    const Acc z = join<kShortcut>(c, in[0], in[kInputs - 1]);
-    out[0] = relu && z < Acc(0) ? Acc(0) : z;  // a NaN passes, as in eager
+  template <int kWidth, class Coefficient>
+  __device__ void operator()(const Vector<Value, kWidth> (&raw)[kInputs], Coefficient coefficient,
+                             Vector<Value, kWidth> (&result)[kOutputs]) const {
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      const Acc z = join<kShortcut>(coefficient, e, T::load(raw[0][e]), T::load(raw[kInputs - 1][e]));
+      result[0][e] = T::store(relu && z < Acc(0) ? Acc(0) : z);  // a NaN passes, as in eager
+    }
   }
 };
 

@@ -48,15 +48,30 @@ struct BackwardApply {
     outputs[branch] = static_cast<Value*>(output);
   }
 
-  __device__ void operator()(const Acc* c, const Acc* in, Acc* out) const {
-    const Acc g = masked_grad<T, kShortcut>(relu, from_output, c, in);
-    out[0] = gradient(c + kJoin, g, in[kY], statistics[0]);
-    if constexpr (kPair) out[1] = gradient(c + kJoin + 3, g, in[kShortcutInput], statistics[1]);
+  template <int kWidth, class Coefficient>
+  __device__ void operator()(const Vector<Value, kWidth> (&raw)[kInputs], Coefficient coefficient,
+                             Vector<Value, kWidth> (&result)[kOutputs]) const {
+    Acc g[kWidth];
+    masked_grad<T, kShortcut, kWidth>(relu, from_output, raw, coefficient, g);
+    gradient<0>(g, raw[kY], coefficient, result[0]);
+    if constexpr (kPair) gradient<1>(g, raw[kShortcutInput], coefficient, result[1]);
   }
 
-  // Constant statistics: b*y is left out rather than multiplied by b = 0, which would make NaN of an infinite y.
-  static __device__ Acc gradient(const Acc* abc, Acc g, Acc y, bool batch_statistics) {
-    return batch_statistics ? fma(abc[0], g, fma(abc[1], y, abc[2])) : abc[0] * g;
+  template <int kBranch, int kWidth, class Coefficient>
+  __device__ void gradient(const Acc (&g)[kWidth], const Vector<Value, kWidth>& y, Coefficient coefficient,
+                           Vector<Value, kWidth>& result) const {
+    constexpr int k = kJoin + 3 * kBranch;
+    // Constant statistics: b*y is left out rather than multiplied by b = 0, which would make NaN of an infinite y.
+    if (statistics[kBranch]) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) {
+        const Acc by = fma(coefficient(k + 1, e), T::load(y[e]), coefficient(k + 2, e));
+        result[e] = T::store(fma(coefficient(k, e), g[e], by));
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) result[e] = T::store(coefficient(k, e) * g[e]);
+    }
   }
 };
 

@@ -43,35 +43,29 @@ struct BackwardReduce {
     }
   }
 
-  __device__ Acc add(const Acc* c, const Acc* in, Acc* total) const {
-    const Acc g = masked_grad<T, kShortcut>(relu, from_output, c, in);
-    total[0] += g;
-    total[1] = fma(g, in[kY] - c[kJoin], total[1]);
-    if constexpr (kPair) total[2] = fma(g, in[kShortcutInput] - c[kJoin + 1], total[2]);
-    return g;
+  // `total(s, e)`: where element e's share of sum s belongs. `masked` receives the gradient behind the ReLU.
+  template <int kWidth, class Coefficient, class Total>
+  __device__ void add(const Vector<Value, kWidth> (&raw)[kInputs], Coefficient coefficient, Total total,
+                      Vector<Value, kWidth>& masked) const {
+    Acc g[kWidth];
+    masked_grad<T, kShortcut, kWidth>(relu, from_output, raw, coefficient, g);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      masked[e] = T::store(g[e]);
+      total(0, e) += g[e];
+      total(1, e) = fma(g[e], T::load(raw[kY][e]) - coefficient(kJoin, e), total(1, e));
+      if constexpr (kPair) {
+        total(2, e) = fma(g[e], T::load(raw[kShortcutInput][e]) - coefficient(kJoin + 1, e), total(2, e));
+      }
+    }
   }
 };
 
 template <class Op, int kWidth, class Coefficient, class Total>
-__device__ void add_vector(const Op& op, int64_t offset,
-                           const Vector<typename Op::Value, kWidth> (&raw)[Op::kInputs], Coefficient coefficient,
-                           Total total) {
-  using T = typename Op::Storage;
-  using Acc = typename Op::Acc;
+__device__ void add_vector(const Op& op, int64_t offset, const Vector<typename Op::Value, kWidth> (&raw)[Op::kInputs],
+                           Coefficient coefficient, Total total) {
   Vector<typename Op::Value, kWidth> masked;
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    Acc c[Op::kCoefficients], in[Op::kInputs], sums[Op::kSums];
-#pragma unroll
-    for (int k = 0; k < Op::kCoefficients; ++k) c[k] = coefficient(k, e);
-#pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) in[i] = op.inputs[i] ? T::load(raw[i][e]) : Acc(0);
-#pragma unroll
-    for (int s = 0; s < Op::kSums; ++s) sums[s] = total(s, e);
-    masked[e] = T::store(op.add(c, in, sums));
-#pragma unroll
-    for (int s = 0; s < Op::kSums; ++s) total(s, e) = sums[s];
-  }
+  op.add(raw, coefficient, total, masked);
   if (op.outputs[0]) store_vector(op.outputs[0] + offset, masked);
 }
 
@@ -80,19 +74,18 @@ template <class Op, int kWidth>
 __global__ void __launch_bounds__(kThreads) reduce_rows(const Op op, int64_t rows, int64_t channels) {
   using Acc = typename Op::Acc;
   using Slots = Interleaved<Acc, kWidth>;
+  __shared__ __align__(kVectorBytes) Acc staged[Op::kCoefficients][kStagedSize<Acc, kWidth>];
   __shared__ __align__(kVectorBytes) Acc parts[Op::kSums][Slots::template kSize<kThreads>];
 
   const int64_t begin = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
   const int64_t first = int64_t{blockIdx.x} * blockDim.x * kWidth;
   const int64_t channel = first + threadIdx.x * kWidth;
+  stage_coefficients<Op, kWidth>(op, first, channels, staged);
   Acc sums[Op::kSums][kWidth] = {};
   if (channel < channels) {
     Acc c[Op::kCoefficients][kWidth];
 #pragma unroll
-    for (int k = 0; k < Op::kCoefficients; ++k) {
-#pragma unroll
-      for (int e = 0; e < kWidth; ++e) c[k][e] = op.coefficients[k][channel + e];
-    }
+    for (int k = 0; k < Op::kCoefficients; ++k) Slots::template get<kWarpThreads>(staged[k], threadIdx.x, c[k]);
     const auto coefficient = [&](int k, int e) { return c[k][e]; };
     const auto total = [&](int s, int e) -> Acc& { return sums[s][e]; };
     constexpr int kUnroll = kInFlight<Op>;

@@ -11,11 +11,13 @@ namespace {
 
 constexpr int kHeld = 8;  // vectors in a thread's registers
 
-// Merges `valid` values of each of kWidth channels, held in `raw`, into the moments.
-template <class T, int kWidth>
+// Merges `valid` values of each of kWidth channels, held in `raw`, into the moments. kFull: valid is kHeld, and the
+// compiler knows.
+template <class T, int kWidth, bool kFull>
 __device__ void merge_held(const Vector<typename T::Value, kWidth> (&raw)[kHeld], int valid, typename T::Acc& count,
                            typename T::Acc (&mean)[kWidth], typename T::Acc (&m2)[kWidth]) {
   using Acc = typename T::Acc;
+  if constexpr (kFull) valid = kHeld;
   const Acc held = static_cast<Acc>(valid);
   const Acc inverse = Acc(1) / held;
   const Acc weight = held / (count + held);
@@ -39,6 +41,13 @@ __device__ void merge_held(const Vector<typename T::Value, kWidth> (&raw)[kHeld]
     m2[e] += fma(delta * delta, count * weight, squares);
   }
   count += held;
+}
+
+template <class T, int kWidth>
+__device__ void merge_held(const Vector<typename T::Value, kWidth> (&raw)[kHeld], int valid, typename T::Acc& count,
+                           typename T::Acc (&mean)[kWidth], typename T::Acc (&m2)[kWidth]) {
+  valid == kHeld ? merge_held<T, kWidth, true>(raw, valid, count, mean, m2)
+                 : merge_held<T, kWidth, false>(raw, valid, count, mean, m2);
 }
 
 template <class Acc>

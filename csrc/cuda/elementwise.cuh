@@ -7,8 +7,9 @@
 // An Op is passed to the kernel by value and provides
 //   Storage                              a storage type (types.cuh)
 //   kInputs, kOutputs, kCoefficients     how many
-//   inputs, outputs, coefficients        arrays of pointers; null inputs read as 0, null outputs are not written
-//   operator()(c, in, out)               one element, in Storage::Acc
+//   inputs, outputs, coefficients        arrays of pointers; null inputs are not read, null outputs not written
+//   operator()(raw, coefficient, result) one vector: raw[input] and result[output] are Vectors of Storage::Value,
+//                                        coefficient(k, e) is the k-th coefficient of element e
 #pragma once
 
 #include <cstdint>
@@ -46,29 +47,35 @@ __device__ int64_t offset_of_vector(const Extent& extent, int64_t channel, int64
   return (image * extent.channels + channel) * extent.inner + (v - image * per_plane) * kWidth;
 }
 
-// `coefficient(k, e)`: the k-th coefficient of element e of the vector.
 template <class Op, int kWidth, class Coefficient>
 __device__ void compute_and_store(const Op& op, int64_t offset,
                                   const Vector<typename Op::Storage::Value, kWidth> (&raw)[Op::kInputs],
                                   Coefficient coefficient) {
-  using T = typename Op::Storage;
-  using Acc = typename T::Acc;
-  Vector<typename T::Value, kWidth> result[Op::kOutputs];
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    Acc c[Op::kCoefficients], in[Op::kInputs], out[Op::kOutputs];
-#pragma unroll
-    for (int k = 0; k < Op::kCoefficients; ++k) c[k] = coefficient(k, e);
-#pragma unroll
-    for (int i = 0; i < Op::kInputs; ++i) in[i] = op.inputs[i] ? T::load(raw[i][e]) : Acc(0);
-    op(c, in, out);
-#pragma unroll
-    for (int o = 0; o < Op::kOutputs; ++o) result[o][e] = T::store(out[o]);
-  }
+  Vector<typename Op::Storage::Value, kWidth> result[Op::kOutputs];
+  op(raw, coefficient, result);
 #pragma unroll
   for (int o = 0; o < Op::kOutputs; ++o) {
     if (op.outputs[o]) store_vector(op.outputs[o] + offset, result[o]);
   }
+}
+
+template <class Acc, int kWidth>
+inline constexpr int kStagedSize = Interleaved<Acc, kWidth>::template kSize<kWarpThreads>;
+
+// Copies the coefficients of the block's channels, from `first` on, into shared memory: once instead of once per row of
+// threads. Every thread of the block has to call it.
+template <class Op, int kWidth, class Acc>
+__device__ void stage_coefficients(const Op& op, int64_t first, int64_t channels,
+                                   Acc (&staged)[Op::kCoefficients][kStagedSize<Acc, kWidth>]) {
+  const int count = blockDim.x * kWidth;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count && first + i < channels; i += kThreads) {
+#pragma unroll
+    for (int k = 0; k < Op::kCoefficients; ++k) {
+      staged[k][Interleaved<Acc, kWidth>::template index<kWarpThreads>(i / kWidth, i % kWidth)] =
+          op.coefficients[k][first + i];
+    }
+  }
+  __syncthreads();
 }
 
 // channels_last: [rows, channels]. Block (x, y): x vectors of channels, y rows at a time; grid.x covers the channels.
@@ -76,21 +83,11 @@ template <class Op, int kWidth>
 __global__ void __launch_bounds__(kThreads) elementwise_rows(const Op op, int64_t rows, int64_t channels) {
   using Acc = typename Op::Storage::Acc;
   using Slots = Interleaved<Acc, kWidth>;
-  constexpr int kSlots = Slots::template kSize<kWarpThreads>;
-  __shared__ __align__(kVectorBytes) Acc staged[Op::kCoefficients][kSlots];
+  __shared__ __align__(kVectorBytes) Acc staged[Op::kCoefficients][kStagedSize<Acc, kWidth>];
 
-  const int block_channels = blockDim.x * kWidth;
-  const int64_t first = int64_t{blockIdx.x} * block_channels;
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < block_channels; i += kThreads) {
-    if (first + i < channels) {
-#pragma unroll
-      for (int k = 0; k < Op::kCoefficients; ++k) {
-        staged[k][Slots::template index<kWarpThreads>(i / kWidth, i % kWidth)] = op.coefficients[k][first + i];
-      }
-    }
-  }
-  __syncthreads();
+  const int64_t first = int64_t{blockIdx.x} * blockDim.x * kWidth;
   const int64_t channel = first + threadIdx.x * kWidth;
+  stage_coefficients<Op, kWidth>(op, first, channels, staged);
   if (channel >= channels) return;
   Acc c[Op::kCoefficients][kWidth];
 #pragma unroll

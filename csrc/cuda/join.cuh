@@ -14,12 +14,13 @@ inline constexpr int kPerBranch = 2;  // coefficients: scale, shift
 template <Shortcut kShortcut>
 inline constexpr int kJoinCoefficients = kShortcut == Shortcut::kAffine ? 2 * kPerBranch : kPerBranch;
 
-// scale * y + shift (+ shortcut); c: scale, shift and, for a shortcut with its own affine, its scale and shift.
-template <Shortcut kShortcut, class Acc>
-__device__ Acc join(const Acc* c, Acc y, Acc shortcut) {
-  const Acc v = fma(c[0], y, c[1]);
+// scale * y + shift (+ shortcut) of element e; coefficients: scale, shift and, for a shortcut with its own affine, its
+// scale and shift.
+template <Shortcut kShortcut, class Acc, class Coefficient>
+__device__ Acc join(Coefficient coefficient, int e, Acc y, Acc shortcut) {
+  const Acc v = fma(coefficient(0, e), y, coefficient(1, e));
   if constexpr (kShortcut == Shortcut::kPlain) return v + shortcut;
-  if constexpr (kShortcut == Shortcut::kAffine) return v + fma(c[2], shortcut, c[3]);
+  if constexpr (kShortcut == Shortcut::kAffine) return v + fma(coefficient(2, e), shortcut, coefficient(3, e));
   return v;
 }
 
@@ -52,21 +53,27 @@ void fill_backward_inputs(const Value** inputs, const void* grad, const void* y,
 }
 
 // The gradient behind the ReLU. As in eager, a NaN in front of it lets the gradient pass.
-template <class T, Shortcut kShortcut>
-__device__ typename T::Acc masked_grad(bool relu, bool from_output, const typename T::Acc* c,
-                                       const typename T::Acc* in) {
+template <class T, Shortcut kShortcut, int kWidth, class Coefficient>
+__device__ void masked_grad(bool relu, bool from_output, const Vector<typename T::Value, kWidth>* raw,
+                            Coefficient coefficient, typename T::Acc (&g)[kWidth]) {
   using Acc = typename T::Acc;
-  if (!relu) return in[kGrad];
-  Acc z;
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) g[e] = T::load(raw[kGrad][e]);
+  if (!relu) return;
   if (from_output) {
-    z = in[kZ];
-  } else {
-    Acc shortcut = 0;
-    if constexpr (kShortcut != Shortcut::kNone) shortcut = in[kShortcutInput];
-    // Rounded as forward stored it: a value that underflowed to zero was stopped.
-    z = T::load(T::store(join<kShortcut>(c, in[kY], shortcut)));
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      if (T::load(raw[kZ][e]) <= Acc(0)) g[e] = 0;
+    }
+    return;
   }
-  return z <= Acc(0) ? Acc(0) : in[kGrad];
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) {
+    Acc shortcut = 0;
+    if constexpr (kShortcut != Shortcut::kNone) shortcut = T::load(raw[kShortcutInput][e]);
+    const Acc z = join<kShortcut>(coefficient, e, T::load(raw[kY][e]), shortcut);
+    if (z <= T::kLargestZero) g[e] = 0;  // what forward stored as zero was stopped
+  }
 }
 
 }  // namespace resnet_fused::cuda

@@ -24,20 +24,24 @@ inline int power_of_two(int64_t value, int most) {
 // channels_last: a block is `x` threads along the channels, `width` channels each, times kThreads / x rows.
 inline int threads_along_channels(int64_t channels, int width) { return power_of_two(ceil_div(channels, width), 32); }
 
-// Reductions are cut into tiles by the shape alone, never by the device, so that their results do not depend on it.
-// Tiles over about kReductionBlocks blocks fill any card; below kTileRows rows, or kTileValues of a contiguous plane,
-// a tile costs more to merge than it spreads.
-inline constexpr int64_t kReductionBlocks = 384;
-inline constexpr int64_t kTileRows = 32;
-inline constexpr int64_t kTileValues = 4096;
-inline constexpr int64_t kBlockChannels = 256;
+// Reductions are cut into tiles by the shape alone, never by the device, so that their results do not depend on it. A
+// tile of kSmallTile values takes longer than its merging; kFewBlocks of those keep most of a large card busy. Beyond
+// that tiles of kLargeTile values keep what they leave below 3 % of what they read, and kManyBlocks fill any card.
+inline constexpr int64_t kSmallTile = 16384;
+inline constexpr int64_t kLargeTile = 65536;
+inline constexpr int64_t kFewBlocks = 96;
+inline constexpr int64_t kManyBlocks = 384;
+inline constexpr int64_t kBlockChannels = 256;  // at most, in channels_last
 
 inline int64_t reduction_tiles(const Extent& extent) {
   const bool rows = extent.inner == 1;
-  const int64_t blocks = rows ? ceil_div(extent.channels, kBlockChannels) : extent.channels;
-  const int64_t most = ceil_div(kReductionBlocks, blocks < 1 ? 1 : blocks);
-  const int64_t useful = extent.per_channel() / (rows ? kTileRows : kTileValues);
-  const int64_t tiles = useful < most ? useful : most;
+  const int64_t in_block = rows ? (extent.channels < kBlockChannels ? extent.channels : kBlockChannels) : 1;
+  if (extent.numel() == 0) return 1;
+  const int64_t channel_blocks = ceil_div(extent.channels, in_block), values = extent.per_channel() * in_block;
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t few = smaller(values / kSmallTile, ceil_div(kFewBlocks, channel_blocks));
+  const int64_t many = smaller(values / kLargeTile, ceil_div(kManyBlocks, channel_blocks));
+  const int64_t tiles = few > many ? few : many;
   return tiles < 1 ? 1 : tiles;
 }
 

@@ -32,8 +32,13 @@ struct ReluBackwardAdd {
     fill_join_coefficients<kShortcut>(coefficients, p.extent.channels, p.coefficients, p.shortcut);
   }
 
-  __device__ void operator()(const Acc* c, const Acc* in, Acc* out) const {
-    out[0] = in[kInputs - 1] + masked_grad<T, kShortcut>(relu, from_output, c, in);
+  template <int kWidth, class Coefficient>
+  __device__ void operator()(const Vector<Value, kWidth> (&raw)[kInputs], Coefficient coefficient,
+                             Vector<Value, kWidth> (&result)[kOutputs]) const {
+    Acc g[kWidth];
+    masked_grad<T, kShortcut, kWidth>(relu, from_output, raw, coefficient, g);
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) result[0][e] = T::store(T::load(raw[kInputs - 1][e]) + g[e]);
   }
 };
 

@@ -37,7 +37,7 @@ struct Interleaved {
       Vector<Acc, kChunk> chunk;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) chunk[i] = values[c * kChunk + i];
-      store_vector(shared + index<kThreads>(thread, c * kChunk), chunk);
+      *reinterpret_cast<Vector<Acc, kChunk>*>(shared + index<kThreads>(thread, c * kChunk)) = chunk;
     }
   }
 

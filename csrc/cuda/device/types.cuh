@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// Storage types of activations: each names its value in memory and the type it is computed in.
+// Storage types of activations: each names its value in memory, the type it is computed in, and the largest value of
+// that type which is stored as zero (half of the smallest denormal; ties round to even).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +13,7 @@ namespace resnet_fused::cuda {
 struct Float64 {
   using Value = double;
   using Acc = double;
+  static constexpr Acc kLargestZero = 0;
   static __device__ Acc load(Value v) { return v; }
   static __device__ Value store(Acc v) { return v; }
 };
@@ -19,6 +21,7 @@ struct Float64 {
 struct Float32 {
   using Value = float;
   using Acc = float;
+  static constexpr Acc kLargestZero = 0;
   static __device__ Acc load(Value v) { return v; }
   static __device__ Value store(Acc v) { return v; }
 };
@@ -26,6 +29,7 @@ struct Float32 {
 struct BFloat16 {
   using Value = __nv_bfloat16;
   using Acc = float;
+  static constexpr Acc kLargestZero = 0x1p-134f;
   static __device__ Acc load(Value v) { return __bfloat162float(v); }
   static __device__ Value store(Acc v) { return __float2bfloat16_rn(v); }
 };
@@ -33,6 +37,7 @@ struct BFloat16 {
 struct Float16 {
   using Value = __half;
   using Acc = float;
+  static constexpr Acc kLargestZero = 0x1p-25f;
   static __device__ Acc load(Value v) { return __half2float(v); }
   static __device__ Value store(Acc v) { return __float2half_rn(v); }
 };

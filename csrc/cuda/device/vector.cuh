@@ -4,7 +4,10 @@
 // Several neighbouring values in one memory access.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
+#include <cstring>
 
 namespace resnet_fused::cuda {
 
@@ -22,15 +25,43 @@ struct alignas(sizeof(Value) * kWidth) Vector {
   __device__ const Value& operator[](int i) const { return values[i]; }
 };
 
-// `p` must be aligned to the vector's size.
+// What moves kBytes in one instruction. A vector of 16-bit classes would be copied member by member.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using Type = unsigned int;
+};
+template <>
+struct WordOf<2> {
+  using Type = unsigned short;
+};
+
+// `p` must be aligned to the vector's size; for stores it must be global memory.
 template <int kWidth, class Value>
 __device__ Vector<Value, kWidth> load_vector(const Value* p) {
-  return *reinterpret_cast<const Vector<Value, kWidth>*>(p);
+  using Word = typename WordOf<sizeof(Value) * kWidth>::Type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  Vector<Value, kWidth> v;
+  memcpy(&v, &word, sizeof(word));
+  return v;
 }
 
 template <int kWidth, class Value>
 __device__ void store_vector(Value* p, const Vector<Value, kWidth>& v) {
-  *reinterpret_cast<Vector<Value, kWidth>*>(p) = v;
+  using Word = typename WordOf<sizeof(Value) * kWidth>::Type;
+  Word word;
+  memcpy(&word, &v, sizeof(word));
+  // Said outright (st.global.wb is the default store), since the compiler takes an assignment apart.
+  __stwb(reinterpret_cast<Word*>(p), word);
 }
 
 }  // namespace resnet_fused::cuda
