@@ -42,7 +42,7 @@ TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 WHERE := $(PY) tests/gpusim/where.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-cuda test-gpusim simulate where build lint clean preflight
+.PHONY: help bench test test-cuda test-gpusim kernel-report simulate where build lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,6 +90,14 @@ test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
 	GPUSIM_PYTHON=$(PY) tests/gpusim/tests/ptx/run.sh
 	GPUSIM_CHECK= tests/gpusim/bin/gpusim-run \
 	  $(PY) -m pytest --confcutdir tests/gpusim/tests tests/gpusim/tests/runtime $(TEST_ARGS)
+
+kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spilled registers and narrow accesses are errors
+	@where=$$($(WHERE)) && case $$where in \
+	  gpu) $(PY) -m benchmarks.kernel_report ;; \
+	  simulator) $(MAKE) --no-print-directory $(SIMULATED) && \
+	    $(PY) -m benchmarks.kernel_report --library build/simulated/resnet_fused/_C.*.so ;; \
+	  *) echo "The CUDA kernels can't be compiled here: $$where." && exit 1 ;; \
+	esac
 
 build: $(BUILT)  ## set up the environment and build the extension in place
 

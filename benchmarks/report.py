@@ -21,6 +21,7 @@ import torchvision
 
 import resnet_fused
 from benchmarks.cases import Outcome
+from benchmarks.tables import table
 from benchmarks.timing import Spread
 
 EAGER_COLOUR = "#9aa5b1"
@@ -55,19 +56,6 @@ def environment(device: torch.device) -> dict[str, object]:
         "torchvision": torchvision.__version__,
         "resnet_fused": {key: str(value) for key, value in resnet_fused.build_info().items()},
     }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first is left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
 def milliseconds(spread: Spread, batch: int) -> str:

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What nvcc made of the CUDA kernels: registers, memory accesses, occupancy. Needs no GPU.
+
+The exit status is 1 if a kernel spills registers or uses local memory, or if an instance for vectors of 16 bytes does
+not access its activations in such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from benchmarks.tables import table
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+
+VECTOR_BYTES = 16
+VALUE_BYTES = {"Float64": 8, "Float32": 4, "BFloat16": 2, "Float16": 2}  # the storage types of types.cuh
+ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}  # 32 is not written
+
+DEFAULT_THREADS = 256  # of a block, where a kernel has no launch bound
+WARP_THREADS = 32
+PARTS = 4  # of a multiprocessor; a warp stays in one
+PART_REGISTERS = 16384
+REGISTER_UNIT = 256  # a warp's registers are rounded up to it
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits from "Technical Specifications per Compute Capability" in the CUDA Programming Guide."""
+
+    threads: int
+    blocks: int
+    shared: int
+    reserved: int = 1024  # shared bytes of each block that are the system's
+    shared_unit: int = 128
+    counted: bool = False  # whether ptxas counts the system's bytes as the kernel's where that has some of its own
+
+
+MULTIPROCESSORS = {
+    "sm_75": Multiprocessor(1024, 16, 64 << 10, reserved=0, shared_unit=256),
+    "sm_80": Multiprocessor(2048, 32, 164 << 10),
+    "sm_86": Multiprocessor(1536, 16, 100 << 10),
+    "sm_89": Multiprocessor(1536, 24, 100 << 10),
+    "sm_90": Multiprocessor(2048, 32, 228 << 10, counted=True),
+    "sm_100": Multiprocessor(2048, 32, 228 << 10, counted=True),
+    "sm_120": Multiprocessor(1536, 24, 100 << 10, counted=True),
+}
+
+
+def multiprocessor(arch: str) -> Multiprocessor | None:
+    return MULTIPROCESSORS.get(arch.rstrip("af"))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel, compiled for one architecture."""
+
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    threads: int  # of a block
+    accesses: Counter[tuple[str, int]]  # instructions by operation and bits: ("LDG", 128)
+
+    def count(self, operations: str, fewest: int = 0, most: int = VECTOR_BYTES * 8) -> int:
+        """How many instructions there are of these operations, with so many bits."""
+        return sum(n for (op, bits), n in self.accesses.items() if op in operations.split() and fewest <= bits <= most)
+
+    @property
+    def local(self) -> int:
+        """Accesses to local memory, where spilled registers go."""
+        return self.count("LDL STL")
+
+    @property
+    def narrow(self) -> int:
+        """Accesses to 8 or 16 bits of global memory."""
+        return self.count("LDG STG", most=16)
+
+    @property
+    def loads(self) -> int:
+        return self.count("LDG", fewest=VECTOR_BYTES * 8)
+
+    @property
+    def stores(self) -> int:
+        return self.count("STG", fewest=VECTOR_BYTES * 8)
+
+    @property
+    def vector_of(self) -> int | None:
+        """Bytes of a value if the last template argument says how many of them fill a vector."""
+        types = re.findall(rf"\b({'|'.join(VALUE_BYTES)})\b", self.name)
+        width = re.search(r", (\d+)>$", self.name)
+        if not types or not width:
+            return None
+        size = VALUE_BYTES[types[0]]
+        return size if size * int(width[1]) == VECTOR_BYTES else None
+
+    @property
+    def occupancy(self) -> tuple[int, float] | None:
+        """Blocks that a multiprocessor holds at once, and the share of its threads that they are."""
+        processor = multiprocessor(self.arch)
+        if processor is None:
+            return None
+        warps = math.ceil(self.threads / WARP_THREADS)
+        warps_of_a_part = PART_REGISTERS // round_up(self.registers * WARP_THREADS, REGISTER_UNIT)
+        shared = round_up(self.shared + processor.reserved, processor.shared_unit)
+        blocks = min(
+            processor.blocks,
+            processor.threads // (warps * WARP_THREADS),
+            PARTS * warps_of_a_part // warps,
+            processor.shared // shared if shared else processor.blocks,
+        )
+        return blocks, blocks * warps * WARP_THREADS / processor.threads
+
+    @property
+    def violations(self) -> list[str]:
+        found = []
+        if self.stack:
+            found.append(f"a stack frame of {self.stack} bytes")
+        if self.local:
+            found.append(f"{self.local} accesses to local memory")
+        if self.vector_of:
+            if not self.loads:
+                found.append("no 128-bit load")
+            # Statistics write no activations, only what they found.
+            if not self.stores and not self.name.startswith("statistics_"):
+                found.append("no 128-bit store")
+            # Coefficients have 32 bits or more, so that whatever is narrower is an activation.
+            if self.vector_of == 2 and self.narrow:
+                found.append(f"{self.narrow} global accesses of 8 or 16 bits")
+        return [f"{self.arch} {self.name}: {violation}" for violation in found]
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+# What cuobjdump prints: of each cubin its architecture, then its kernels, each with a header and what belongs to it.
+Key = tuple[str, str]  # architecture, mangled name
+ARCHITECTURE = re.compile(r"arch = (\w+)")
+RESOURCE_HEADER = re.compile(r" Function (\S+):")
+ATTRIBUTE_HEADER = re.compile(r"\.nv\.info\.(\S+)")
+SASS_HEADER = re.compile(r"\s+Function : (\S+)")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+ACCESS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|STG|LDL|STL)((?:\.\w+)*) ")
+
+
+def of_kernels(lines: Iterable[str], header: re.Pattern[str]) -> Iterator[tuple[Key, str]]:
+    """Each line, with the kernel that it belongs to."""
+    arch, name = "", ""
+    for line in lines:
+        if found := ARCHITECTURE.match(line):
+            arch = found[1]
+        elif found := header.match(line):
+            name = found[1]
+        elif name:
+            yield (arch, name), line
+
+
+def launch_bounds(lines: Iterable[str]) -> dict[Key, int]:
+    """Threads of a block, from the output of ``cuobjdump -elf``."""
+    bounds, attribute = {}, ""
+    for key, line in of_kernels(lines, ATTRIBUTE_HEADER):
+        field, _, value = line.strip().partition(":")
+        if field == "Attribute":
+            attribute = value.strip()
+        elif field == "Value" and attribute == "EIATTR_MAX_THREADS":
+            bounds[key] = math.prod(int(extent, 16) for extent in value.split())
+    return bounds
+
+
+def memory_accesses(lines: Iterable[str]) -> dict[Key, Counter[tuple[str, int]]]:
+    """Instructions by operation and bits, from the output of ``cuobjdump -sass``."""
+    accesses: dict[Key, Counter[tuple[str, int]]] = defaultdict(Counter)
+    for key, line in of_kernels(lines, SASS_HEADER):
+        found = ACCESS.match(line)
+        if found:
+            bits = [ACCESS_BITS[part] for part in found[2].split(".") if part in ACCESS_BITS]
+            accesses[key][found[1], bits[0] if bits else 32] += 1
+    return accesses
+
+
+def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[str]) -> list[Kernel]:
+    """The kernels, from the output of ``cuobjdump`` with ``-res-usage``, ``-elf`` and ``-sass``."""
+    found = {}
+    for key, line in of_kernels(resources, RESOURCE_HEADER):
+        if usage := RESOURCES.search(line):
+            found[key] = [int(value) for value in usage.groups()]
+    bounds, accesses = launch_bounds(attributes), memory_accesses(sass)
+    names = demangled({name for _, name in found})
+    kernels = [
+        Kernel(
+            arch=arch,
+            name=readable(names[name]),
+            registers=registers,
+            stack=stack + local,
+            shared=own_shared(arch, shared),
+            threads=bounds.get((arch, name), DEFAULT_THREADS),
+            accesses=accesses[arch, name],
+        )
+        for (arch, name), (registers, stack, shared, local) in found.items()
+    ]
+    return sorted(kernels, key=lambda kernel: (len(kernel.arch.rstrip("af")), kernel.arch, kernel.name))
+
+
+def own_shared(arch: str, counted: int) -> int:
+    processor = multiprocessor(arch)
+    return counted - processor.reserved if processor and processor.counted and counted else counted
+
+
+def demangled(names: Iterable[str]) -> dict[str, str]:
+    mangled = sorted(names)
+    filtered = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    return dict(zip(mangled, filtered.stdout.splitlines(), strict=True))
+
+
+@cache
+def enumerators() -> dict[str, list[str]]:
+    """The names in each enum of the sources, which the compiler replaced by numbers."""
+    found = {}
+    for path in SOURCES.rglob("*.*h"):
+        for name, body in re.findall(r"enum class (\w+)[^{;]*\{([^}=]*)\}", path.read_text()):
+            found[name] = [enumerator.strip() for enumerator in body.split(",")]
+    return found
+
+
+def readable(name: str) -> str:
+    """A demangled kernel's name without namespaces, result and parameters, and with enumerators for numbers."""
+
+    def enumerator(cast: re.Match[str]) -> str:
+        names = enumerators().get(cast[1], [])
+        return names[int(cast[2])] if int(cast[2]) < len(names) else cast[1] + cast[2]
+
+    name = re.sub(r"^void |\(anonymous namespace\)::|resnet_fused::(cuda::)?", "", name)
+    return re.sub(r"\((\w+)\)(\d+)", enumerator, name).partition("(")[0]
+
+
+def find_cuobjdump() -> Path | None:
+    """From the CUDA toolkit, else the one that comes with Triton, which comes with torch."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    folders = [str(Path(home, "bin")) for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    found = shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    return Path(found) if found else None
+
+
+def run_lines(command: Sequence[str | Path]) -> Iterator[str]:
+    """A command's output as it comes: the SASS of a library has a few hundred megabytes."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield from process.stdout
+        errors = process.stderr.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+
+
+def read(cuobjdump: Path, library: Path, arch: str | None = None) -> list[Kernel]:
+    """The kernels in a shared library, all of them or those of one architecture."""
+    choice = ["-arch", arch] if arch else []
+    return parse(*(run_lines([cuobjdump, *choice, what, library]) for what in ("-res-usage", "-elf", "-sass")))
+
+
+def kernel_table(kernels: Iterable[Kernel]) -> str:
+    header = (
+        *("kernel", "arch", "registers", "shared", "stack", "LDL+STL", "LDG.128", "STG.128", "8, 16 bits"),
+        *("threads", "blocks", "occupancy"),
+    )
+    rows = []
+    for k in kernels:
+        counts = (k.registers, k.shared, k.stack, k.local, k.loads, k.stores, k.narrow, k.threads)
+        blocks, share = k.occupancy or (None, None)
+        full = ("?", "?") if blocks is None else (str(blocks), f"{share:.0%}")
+        rows.append((k.name, k.arch, *map(str, counts), *full))
+    return table(header, rows)
+
+
+def summary_table(kernels: Iterable[Kernel]) -> str:
+    """Of each architecture the extremes."""
+    groups: dict[str, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        groups[kernel.arch].append(kernel)
+    rows = []
+    for arch, group in groups.items():
+        shares = [k.occupancy[1] for k in group if k.occupancy]
+        counts = (
+            len(group),
+            sum(k.vector_of is not None for k in group),
+            max(k.registers for k in group),
+            max(k.shared for k in group),
+        )
+        violations = sum(len(k.violations) for k in group)
+        rows.append((arch, *map(str, counts), f"{min(shares):.0%}" if shares else "?", str(violations)))
+    header = ("arch", "kernels", "of vectors", "most registers", "most shared", "least occupancy", "violations")
+    return table(header, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Report on the library that the command line names; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.partition("\n")[0])
+    parser.add_argument("--library", type=Path, metavar="PATH", help="default: the extension that is imported")
+    parser.add_argument("--arch", metavar="NAME", help="only this architecture, such as sm_80")
+    options = parser.parse_args(arguments)
+    library = options.library
+    if library is None:
+        from resnet_fused import _C
+
+        library = Path(_C.__file__)
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise SystemExit("no cuobjdump: it comes with the CUDA toolkit and with Triton")
+    try:
+        kernels = read(cuobjdump, library, options.arch)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(error.stderr.strip()) from None
+    if not kernels:
+        raise SystemExit(f"{library} holds no CUDA kernels" + (f" for {options.arch}" if options.arch else ""))
+
+    print(kernel_table(kernels), "", summary_table(kernels), "", sep="\n")
+    violations = [violation for kernel in kernels for violation in kernel.violations]
+    print(*(f"violation: {violation}" for violation in violations), sep="\n", end="\n" if violations else "")
+    print(f"{len(violations) or 'no'} violations in {len(kernels)} kernels of {library}")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

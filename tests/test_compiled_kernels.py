@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What nvcc made of the CUDA kernels spills no registers and moves activations in 16 bytes; the report sees if not."""
+
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+# Appended, so that the package is still imported from where it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.kernel_report import Kernel, find_cuobjdump, kernel_table, parse, read  # noqa: E402
+from resnet_fused import _C  # noqa: E402
+
+needs_names = pytest.mark.skipif(not shutil.which("c++filt"), reason="no c++filt, which comes with a C++ compiler")
+
+# Excerpts of what cuobjdump 13.1 printed about three kernels, one of which spills registers.
+APPLY = (
+    "_ZN12resnet_fused4cuda16elementwise_rowsINS0_44_GLOBAL__N__8d952f3f_11_bn_apply_cu_9bbb5d95"
+    "5ApplyINS0_8BFloat16ELNS0_8ShortcutE1EEELi8EEEvT_ll"
+)
+STATISTICS = (
+    "_ZN12resnet_fused4cuda49_GLOBAL__N__ab5119d2_16_bn_statistics_cu_9a5e0e54"
+    "15statistics_rowsINS0_7Float32ELi4EEEvPKNT_5ValueEPNS4_3AccEll"
+)
+INCREMENT = "_ZN12resnet_fused4cuda47_GLOBAL__N__09b6eaeb_14_bn_finalize_cu_d58aefe99incrementEPl"
+
+RESOURCES = f"""
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+host = linux
+compile_size = 64bit
+identifier = bn_apply.cu
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {APPLY}:
+  REG:108 STACK:0 SHARED:3328 LOCAL:0 CONSTANT[0]:592 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function {INCREMENT}:
+  REG:8 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:536 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {STATISTICS}:
+  REG:64 STACK:8 SHARED:8192 LOCAL:0 CONSTANT[0]:384 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+ATTRIBUTES = f"""
+arch = sm_90a
+
+.nv.info.{APPLY}
+\t<0x9>
+\tAttribute:\tEIATTR_MAXREG_COUNT
+\tFormat:\tEIFMT_HVAL
+\tValue:\t0xff
+\t<0x12>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x100 0x1 0x1
+
+
+.nv.info.{INCREMENT}
+\t<0x9>
+\tAttribute:\tEIATTR_MAXREG_COUNT
+\tFormat:\tEIFMT_HVAL
+\tValue:\t0xff
+arch = sm_80
+
+.nv.info.{STATISTICS}
+\t<0x13>
+\tAttribute:\tEIATTR_MAX_THREADS
+\tFormat:\tEIFMT_SVAL
+\tValue:\t0x80 0x4 0x1
+"""
+
+SASS = f"""
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+
+\tcode for sm_90a
+\t.target\tsm_90a
+
+\t\tFunction : {APPLY}
+\t.headerflags\t@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                          /* 0x00000a00ff017b82 */
+                                                                                   /* 0x000fe20000000800 */
+        /*02d0*/                   LDG.E R4, desc[UR8][R4.64] ;                    /* 0x0000000804047981 */
+        /*06b0*/              @!P0 LDG.E R12, desc[UR8][R4.64] ;                   /* 0x00000008040c8981 */
+        /*0f00*/               @P0 LDG.E.128 R36, desc[UR8][R90.64] ;              /* 0x000000085a240981 */
+        /*0f20*/               @P5 LDG.E.128 R40, desc[UR8][R70.64] ;              /* 0x0000000846285981 */
+        /*1ac0*/                   STG.E.128 desc[UR8][R90.64], R68 ;              /* 0x000000445a007986 */
+
+\t\tFunction : {INCREMENT}
+        /*0030*/                   LDG.E.64 R2, desc[UR4][R4.64] ;                 /* 0x0000000404027981 */
+        /*0060*/                   STG.E.64 desc[UR4][R4.64], R2 ;                 /* 0x0000000204007986 */
+arch = sm_80
+
+\t\tFunction : {STATISTICS}
+        /*00e0*/                   STL.64 [R1], R4 ;                               /* 0x0000000401007387 */
+        /*0540*/                   LDL.64 R4, [R1] ;                               /* 0x0000000001047983 */
+        /*0750*/              @!P4 LDG.E.128.CONSTANT R20, [R54.64] ;              /* 0x000000043614c981 */
+        /*2e80*/                   LDL.LU.64 R12, [R1] ;                           /* 0x00000000010c7983 */
+        /*3440*/                   STG.E [R8.64], R2 ;                             /* 0x0000000208007986 */
+"""
+
+
+def parsed(sass: str = SASS) -> dict[str, Kernel]:
+    kernels = parse(RESOURCES.splitlines(), ATTRIBUTES.splitlines(), sass.splitlines())
+    return {kernel.name.partition("<")[0]: kernel for kernel in kernels}
+
+
+@needs_names
+def test_the_table():
+    header, _, *rows = kernel_table(parsed().values()).splitlines()
+    found = [dict(zip(re.split(" {2,}", header), re.split(" {2,}", row), strict=True)) for row in rows]
+    columns = ("kernel", "arch", "registers", "shared", "stack", "LDL+STL", "LDG.128", "STG.128", "8, 16 bits")
+    assert [tuple(row[name] for name in columns) for row in found] == [
+        ("statistics_rows<Float32, 4>", "sm_80", "64", "8192", "8", "3", "1", "0", "0"),
+        ("elementwise_rows<Apply<BFloat16, kPlain>, 8>", "sm_90a", "108", "2304", "0", "0", "2", "1", "0"),
+        ("increment", "sm_90a", "8", "0", "0", "0", "0", "0", "0"),
+    ]
+    # 512 threads of 64 registers, 256 of 108, and 256 of 8, where no launch bound is known.
+    assert [(row["threads"], row["blocks"], row["occupancy"]) for row in found] == [
+        ("512", "2", "50%"),
+        ("256", "2", "25%"),
+        ("256", "8", "100%"),
+    ]
+
+
+@needs_names
+def test_spilled_registers_are_violations():
+    kernels = parsed()
+    assert kernels["statistics_rows"].violations == [
+        "sm_80 statistics_rows<Float32, 4>: a stack frame of 8 bytes",
+        "sm_80 statistics_rows<Float32, 4>: 3 accesses to local memory",
+    ]
+    assert not kernels["elementwise_rows"].violations and not kernels["increment"].violations
+
+
+@needs_names
+@pytest.mark.parametrize(
+    ("access", "instead", "violations"),
+    [
+        ("LDG.E.128 ", "LDG.E.64 ", ["no 128-bit load"]),
+        ("STG.E.128 ", "STG.E ", ["no 128-bit store"]),
+        ("STG.E.128 ", "STG.E.U16 ", ["no 128-bit store", "1 global accesses of 8 or 16 bits"]),
+        ("@!P0 LDG.E ", "@!P0 LDG.E.U16.CONSTANT ", ["1 global accesses of 8 or 16 bits"]),
+        ("@!P0 LDG.E ", "@!P0 LDL ", ["1 accesses to local memory"]),
+    ],
+)
+def test_narrow_accesses_of_a_vector_kernel_are_violations(access, instead, violations):
+    name = "sm_90a elementwise_rows<Apply<BFloat16, kPlain>, 8>"
+    assert access in SASS
+    kernel = parsed(SASS.replace(access, instead))["elementwise_rows"]
+    assert kernel.violations == [f"{name}: {violation}" for violation in violations]
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "blocks"),
+    [
+        ("sm_80", 32, 0, 256, 8),  # by threads
+        ("sm_86", 32, 0, 64, 16),  # by blocks
+        ("sm_80", 33, 0, 256, 6),  # by registers, in units of 8 a thread
+        ("sm_80", 154, 0, 256, 1),
+        ("sm_80", 80, 24960, 256, 3),  # by registers
+        ("sm_120", 32, 24960, 256, 3),
+        ("sm_75", 32, 24960, 256, 2),  # by shared memory
+        ("sm_90a", 32, 0, 1024, 2),
+    ],
+)
+def test_resident_blocks(arch, registers, shared, threads, blocks):
+    kernel = Kernel(arch, "kernel", registers, 0, shared, threads, Counter())
+    assert kernel.occupancy[0] == blocks
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_the_library_under_test():
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump, which comes with the CUDA toolkit and with Triton")
+    kernels = read(cuobjdump, Path(_C.__file__))
+    assert any(kernel.vector_of for kernel in kernels)
+    violations = [violation for kernel in kernels for violation in kernel.violations]
+    assert not violations, "\n".join(violations)
