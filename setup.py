@@ -26,6 +26,7 @@ DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 CPP_SOURCES = [
     "csrc/bindings/library.cpp",
     "csrc/bindings/bn_ops.cpp",
+    "csrc/bindings/conv_ops.cpp",
     "csrc/bindings/module.cpp",
     "csrc/cpu/bn_cpu.cpp",
     "csrc/cpu/memory_pool.cpp",
@@ -40,6 +41,9 @@ CUDA_SOURCES = [
     "csrc/cuda/bn_backward_reduce.cu",
     "csrc/cuda/bn_finalize.cu",
     "csrc/cuda/bn_statistics.cu",
+    "csrc/cuda/conv/dgrad.cu",
+    "csrc/cuda/conv/fprop.cu",
+    "csrc/cuda/conv/wgrad.cu",
     "csrc/cuda/relu_backward_add.cu",
 ]
 

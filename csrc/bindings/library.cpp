@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The schemas of all operators. resnet_fused/ops.py documents them one by one; bn_ops.cpp implements them.
+// The schemas of all operators. resnet_fused/ops.py documents them one by one; bn_ops.cpp and conv_ops.cpp implement
+// them.
 //
 // y, grad, shortcut, z: [N, C, H, W] of one floating dtype. acc: float64 for float64, float32 for all others.
 // statistics: [tiles, 3, C] acc, coefficients: [4, C] acc, backward coefficients: [5, C] acc (rows in params.h).
@@ -37,4 +38,19 @@ TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "relu_backward_add_(Tensor(a!) out, Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
       "Tensor? z) -> ()");
+
+  // Native convolutions: channels_last, 16 bits; CUDA only.
+  m.def(
+      "conv_fprop(Tensor x, Tensor? coefficients, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> (Tensor, Tensor)");
+  m.def(
+      "conv_fprop_inference(Tensor x, Tensor? coefficients, Tensor weight, Tensor affine, Tensor? shortcut, "
+      "bool relu, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  m.def(
+      "conv_dgrad(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor weight, int[2] input_plane, "
+      "int[2] stride, int[2] padding, int[2] dilation, Tensor? addend, Tensor? mask_y, Tensor? mask_coefficients) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "conv_wgrad(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor x, Tensor? coefficients, "
+      "int[2] filter, int[2] stride, int[2] padding, int[2] dilation, ScalarType dtype) -> Tensor");
 }

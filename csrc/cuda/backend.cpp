@@ -10,6 +10,7 @@
 #include <mutex>
 #include <utility>
 
+#include "conv/shapes.h"
 #include "kernels.h"
 #include "layout.h"
 
@@ -52,6 +53,18 @@ const Backend& cuda_backend() {
       cuda::on_current_stream<cuda::backward_finalize, BackwardFinalizeParams>,
       cuda::on_current_stream<cuda::backward_apply, BackwardApplyParams>,
       cuda::on_current_stream<cuda::relu_backward_add, ReluBackwardAddParams>,
+  };
+  return backend;
+}
+
+const ConvBackend& cuda_conv_backend() {
+  static const ConvBackend backend = {
+      cuda::fprop_tiles,
+      cuda::dgrad_tiles,
+      cuda::wgrad_splits,
+      cuda::on_current_stream<cuda::fprop, FpropParams>,
+      cuda::on_current_stream<cuda::dgrad, DgradParams>,
+      cuda::on_current_stream<cuda::wgrad, WgradParams>,
   };
   return backend;
 }

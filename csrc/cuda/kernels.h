@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../conv_params.h"
 #include "../params.h"
 
 namespace resnet_fused::cuda {
@@ -18,6 +19,11 @@ cudaError_t backward_reduce(const BackwardReduceParams& p, cudaStream_t stream);
 cudaError_t backward_finalize(const BackwardFinalizeParams& p, cudaStream_t stream);
 cudaError_t backward_apply(const BackwardApplyParams& p, cudaStream_t stream);
 cudaError_t relu_backward_add(const ReluBackwardAddParams& p, cudaStream_t stream);
+
+// Compute capability 8.0 or later; what shapes they take is checked by csrc/bindings/conv_ops.cpp.
+cudaError_t fprop(const FpropParams& p, cudaStream_t stream);
+cudaError_t dgrad(const DgradParams& p, cudaStream_t stream);
+cudaError_t wgrad(const WgradParams& p, cudaStream_t stream);
 
 // For the launches: how many blocks of kThreads threads of `kernel` the current device runs at the same time.
 int64_t resident_blocks(const void* kernel);

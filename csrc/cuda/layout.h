@@ -12,7 +12,7 @@ namespace resnet_fused::cuda {
 
 inline constexpr int kThreads = 256;  // per block, in every kernel over activations
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The smallest power of two that is at least `value` and no more than `most`.
 inline int power_of_two(int64_t value, int most) {

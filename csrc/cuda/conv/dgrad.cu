@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// dx as an implicit GEMM: rows are input pixels, columns input channels, the reduction runs over taps and output
+// channels. With stride 2 the pixels of one parity are a sub-problem with its own taps, so that no tap is multiplied
+// in vain; all sub-problems run in one launch. The epilogue adds a second gradient, stops dx at the previous ReLU and
+// sums it for the previous batch norm.
+#include "../kernels.h"
+#include "epilogue.cuh"
+#include "launch_conv.cuh"
+#include "mainloop.cuh"
+
+namespace resnet_fused::cuda {
+namespace {
+
+constexpr int kStages = 3;  // two sources per stage
+
+template <class T, class Tile, class Prologue>
+struct Dgrad {
+  using A = GatheredPixels<T, Tile, Prologue, kStages>;
+  using B = WeightColumns<T, Tile, kStages>;
+  using Staged = Staging<T, Tile>;
+  using Sums = ColumnSums<Tile>;
+  static constexpr int kRing = larger(kRingBytes<A, B, kStages>, Staged::kBytes + 2 * Sums::kBytes);
+
+  static int shared_bytes(const ConvShape& s) { return kRing + ChannelTables::bytes(Prologue::kTables, s.k); }
+};
+
+template <class T, class Tile, class Prologue>
+__global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradParams p) {
+#if RESNET_FUSED_TENSOR_CORES
+  using Parts = Dgrad<T, Tile, Prologue>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const ConvShape& s = p.shape;
+  ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.k);
+  fill_tables<Prologue>(tables, p.grad.backward_coefficients, s.k);
+  __syncthreads();
+
+  const SubProblem part = dgrad_sub_problem(s, blockIdx.x, Tile::kM);
+  const Gather gh = dgrad_gather(s.p, s.stride_h, s.pad_h, s.dilation_h, s.r, part.parity_h);
+  const Gather gw = dgrad_gather(s.q, s.stride_w, s.pad_w, s.dilation_w, s.s, part.parity_w);
+  const PixelGrid grid{s.n, with_parity(s.h, s.stride_h, part.parity_h), with_parity(s.w, s.stride_w, part.parity_w)};
+  const int first_column = blockIdx.y * Tile::kN;
+  typename Parts::A a(p.grad.g, p.grad.y, tables, gh, gw, s.k, grid, part.first_row);
+  typename Parts::B b(p.weight, s, gh, gw, first_column);
+  Accumulators<Tile> d = {};
+  accumulate<T, Tile, kStages>(a, b, shared, a.iterations(), d);
+
+  const int64_t left = grid.pixels() - part.first_row;
+  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  const auto pixel_of = [&](int row) {
+    if (row >= rows) return int64_t{-1};
+    const int pixel = static_cast<int>(part.first_row + row);
+    const int w = pixel % grid.width * s.stride_w + part.parity_w;
+    const int nh = pixel / grid.width;
+    const int h = nh % grid.height * s.stride_h + part.parity_h;
+    return (int64_t{nh / grid.height} * s.h + h) * s.w + w;
+  };
+  typename Parts::Staged staged(shared);
+  if (p.addend) {
+    staged.load(p.addend, pixel_of, s.c, first_column);
+    for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
+      if (row >= rows || first_column + column >= s.c) return;
+      const auto& pair = staged.pair(row, column);
+      v0 += T::load(pair[0]);
+      v1 += T::load(pair[1]);
+    });
+    __syncthreads();
+  }
+  if (!p.mask_y) {
+    for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+      staged.pair(row, column) = {T::store(v0), T::store(v1)};
+    });
+    staged.store(p.dx, pixel_of, s.c, first_column);
+    return;
+  }
+
+  staged.load(p.mask_y, pixel_of, s.c, first_column);
+  const auto* table = static_cast<const float*>(p.mask_coefficients);
+  ColumnSums<Tile> sums(shared + Parts::Staged::kBytes), products(shared + Parts::Staged::kBytes + Parts::Sums::kBytes);
+  for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
+    const int channel = first_column + column;
+    if (row >= rows || channel >= s.c) {
+      v0 = v1 = 0;
+      return;
+    }
+    const auto& y = staged.pair(row, column);
+    float* v[2] = {&v0, &v1};
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float z = fmaf(table[kScale * s.c + channel + e], T::load(y[e]), table[kShift * s.c + channel + e]);
+      *v[e] = z <= T::kLargestZero ? 0.0f : T::load(T::store(*v[e]));  // sums are of what is stored
+    }
+  });
+  sums.sum(d, [](int, int, float v, int, int, int) { return v; });
+  products.sum(d, [&](int row, int column, float v, int, int, int e) {
+    if (row >= rows || first_column + column >= s.c) return 0.0f;
+    const float y = T::load(staged.pair(row, column - e % 2)[e % 2]);
+    return v * (y - table[kMean * s.c + first_column + column]);
+  });
+  for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+    staged.pair(row, column) = {T::store(v0), T::store(v1)};
+  });
+  auto* out = static_cast<float*>(p.sums) + blockIdx.x * int64_t{2} * s.c + first_column;
+  for (int column = threadIdx.x; column < Tile::kN && first_column + column < s.c; column += Tile::kBlockThreads) {
+    out[column] = sums.total(column);
+    out[s.c + column] = products.total(column);
+  }
+  staged.store(p.dx, pixel_of, s.c, first_column);
+#endif
+}
+
+}  // namespace
+
+cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  return dispatch_half(p.dtype, [&](auto t) {
+    return dispatch_tile(dgrad_tile(s), [&](auto tile) {
+      using T = decltype(t);
+      using Tile = decltype(tile);
+      const dim3 grid(static_cast<unsigned>(dgrad_tiles(s)), static_cast<unsigned>(ceil_div(s.c, Tile::kN)));
+      const auto launch = [&](auto prologue) {
+        using Prologue = decltype(prologue);
+        return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue>, p, grid, Tile::kBlockThreads,
+                                        Dgrad<T, Tile, Prologue>::shared_bytes(s), stream);
+      };
+      return p.grad.y ? launch(BackwardAffine{}) : launch(Raw{});
+    });
+  });
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// From accumulators to memory: tiles pass through shared memory, so that global accesses are 16 bytes of neighbouring
+// channels, and columns are summed over the rows of a tile.
+#pragma once
+
+#include "tile.cuh"
+
+namespace resnet_fused::cuda {
+
+// body(row, column, v0, v1): the two neighbouring columns that a thread holds at a time.
+template <class Tile, class Body>
+__device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        body(warp_row<Tile>() + i * 16 + lane / 4 + e * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2, d[i][j][2 * e],
+             d[i][j][2 * e + 1]);
+      }
+    }
+  }
+}
+
+// A tile of 16-bit values in shared memory. Rows are padded by one chunk: the pairs of a warp then fall into
+// different banks.
+template <class T, class Tile>
+class Staging {
+ public:
+  using Value = typename T::Value;
+  static constexpr int kStride = Tile::kN + kChunkValues;
+  static constexpr int kBytes = Tile::kM * kStride * static_cast<int>(sizeof(Value));
+
+  __device__ explicit Staging(unsigned char* shared) : values_(reinterpret_cast<Value*>(shared)) {}
+
+  __device__ Vector<Value, 2>& pair(int row, int column) {
+    return *reinterpret_cast<Vector<Value, 2>*>(values_ + row * kStride + column);
+  }
+
+  // Between global memory and the tile; row r of the tile is pixel_of(r) of `channels` channels, from `first` on.
+  // Rows with a negative pixel and columns beyond the channels are left out. Both end with a barrier.
+  template <class PixelOf>
+  __device__ void load(const void* tensor, PixelOf pixel_of, int channels, int first) {
+    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
+      *reinterpret_cast<Vector<Value, kChunkValues>*>(staged) =
+          load_vector<kChunkValues>(static_cast<const Value*>(tensor) + offset);
+    });
+    __syncthreads();
+  }
+  template <class PixelOf>
+  __device__ void store(void* tensor, PixelOf pixel_of, int channels, int first) {
+    __syncthreads();
+    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
+      store_vector(static_cast<Value*>(tensor) + offset,
+                   *reinterpret_cast<const Vector<Value, kChunkValues>*>(staged));
+    });
+    __syncthreads();
+  }
+
+ private:
+  template <class PixelOf, class Move>
+  __device__ void walk(PixelOf pixel_of, int channels, int first, Move move) {
+    constexpr int kRowChunks = Tile::kN / kChunkValues;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < Tile::kM * kRowChunks; i += Tile::kBlockThreads) {
+      const int row = i / kRowChunks, column = i % kRowChunks * kChunkValues;
+      const int64_t pixel = pixel_of(row);
+      if (pixel >= 0 && first + column < channels) {
+        move(pixel * channels + first + column, values_ + row * kStride + column);
+      }
+    }
+  }
+
+  Value* values_;
+};
+
+// Per-column sums over the rows of a tile: first of a thread's own rows, then of its warp's, then of all warps'.
+template <class Tile>
+class ColumnSums {
+ public:
+  static constexpr int kBytes = Tile::kWarpsM * Tile::kN * static_cast<int>(sizeof(float));
+
+  __device__ explicit ColumnSums(unsigned char* shared) : shared_(reinterpret_cast<float*>(shared)) {}
+
+  // The sums of value(row, column, accumulator) become readable with total(). Ends with a barrier.
+  template <class Value>
+  __device__ void sum(Accumulators<Tile>& d, Value value) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Tile::kWarpsM;
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int column = warp_column<Tile>() + j * 8 + lane % 4 * 2 + e;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            sum += value(warp_row<Tile>() + i * 16 + lane / 4 + half * 8, column, d[i][j][2 * half + e], i, j,
+                         2 * half + e);
+          }
+        }
+#pragma unroll
+        for (int lanes = 16; lanes >= 4; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+        if (lane < 4) shared_[warp * Tile::kN + column] = sum;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ float total(int column) const {
+    float sum = shared_[column];
+#pragma unroll
+    for (int warp = 1; warp < Tile::kWarpsM; ++warp) sum += shared_[warp * Tile::kN + column];
+    return sum;
+  }
+
+ private:
+  float* shared_;
+};
+
+}  // namespace resnet_fused::cuda

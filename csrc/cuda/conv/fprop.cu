@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// y = conv(x) or conv(relu(scale*x + shift)) as an implicit GEMM: rows are output pixels, columns output channels, the
+// reduction runs over taps and input channels. In training the epilogue leaves y's statistics per tile; in inference
+// it applies the batch norm, the shortcut and the ReLU.
+#include "../kernels.h"
+#include "epilogue.cuh"
+#include "launch_conv.cuh"
+#include "mainloop.cuh"
+
+namespace resnet_fused::cuda {
+namespace {
+
+constexpr int kStages = 4;
+
+template <class T, class Tile, class Prologue>
+struct Fprop {
+  using A = GatheredPixels<T, Tile, Prologue, kStages>;
+  using B = WeightRows<T, Tile, kStages>;
+  using Staged = Staging<T, Tile>;
+  using Sums = ColumnSums<Tile>;
+  // The ring's memory serves the epilogue afterwards.
+  static constexpr int kRing = larger(kRingBytes<A, B, kStages>, Staged::kBytes + 2 * Sums::kBytes);
+
+  static int shared_bytes(const ConvShape& s) { return kRing + ChannelTables::bytes(Prologue::kTables, s.c); }
+};
+
+// Count, mean and M2 of every column of the tile, from the values as they are stored.
+template <class Tile>
+__device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, int rows, float* statistics,
+                                int channels, int first) {
+  ColumnSums<Tile> sums(shared), squares(shared + ColumnSums<Tile>::kBytes);
+  const float inverse = 1.0f / static_cast<float>(rows);
+  sums.sum(d, [&](int row, int, float v, int, int, int) { return row < rows ? v : 0.0f; });
+  float mean[Tile::kFragmentsN][2];
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < Tile::kFragmentsN; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      mean[j][e] = sums.total(warp_column<Tile>() + j * 8 + lane % 4 * 2 + e) * inverse;
+    }
+  }
+  squares.sum(d, [&](int row, int, float v, int, int j, int e) {
+    const float deviation = v - mean[j][e % 2];
+    return row < rows ? deviation * deviation : 0.0f;
+  });
+  for (int column = threadIdx.x; column < Tile::kN && first + column < channels; column += Tile::kBlockThreads) {
+    float* out = statistics + first + column;
+    out[kCount * channels] = static_cast<float>(rows);
+    out[kTileMean * channels] = sums.total(column) * inverse;
+    out[kM2 * channels] = squares.total(column);
+  }
+}
+
+template <class T, class Tile, class Prologue, bool kInference>
+__global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropParams p) {
+#if RESNET_FUSED_TENSOR_CORES
+  using Parts = Fprop<T, Tile, Prologue>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const ConvShape& s = p.shape;
+  ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.c);
+  fill_tables<Prologue>(tables, p.coefficients, s.c);
+  __syncthreads();
+
+  const PixelGrid grid{s.n, s.p, s.q};
+  const int64_t first_row = int64_t{blockIdx.x} * Tile::kM;
+  const int first_column = blockIdx.y * Tile::kN;
+  typename Parts::A a(p.x, nullptr, tables, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
+                      fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
+  typename Parts::B b(p.weight, s, first_column);
+  Accumulators<Tile> d = {};
+  accumulate<T, Tile, kStages>(a, b, shared, a.iterations(), d);
+
+  const int64_t left = grid.pixels() - first_row;
+  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  const auto pixel_of = [&](int row) { return row < rows ? first_row + row : int64_t{-1}; };
+  typename Parts::Staged staged(shared);
+  if constexpr (kInference) {
+    if (p.shortcut) staged.load(p.shortcut, pixel_of, s.k, first_column);
+    const auto* scale = static_cast<const float*>(p.affine) + kScale * s.k;
+    const auto* shift = static_cast<const float*>(p.affine) + kShift * s.k;
+    for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+      if (row >= rows || first_column + column >= s.k) return;
+      auto& pair = staged.pair(row, column);
+      float v[2] = {v0, v1};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        v[e] = fmaf(v[e], scale[first_column + column + e], shift[first_column + column + e]);
+        if (p.shortcut) v[e] += T::load(pair[e]);
+        pair[e] = T::store(p.relu && v[e] < 0.0f ? 0.0f : v[e]);
+      }
+    });
+  } else {
+    const auto* bias = static_cast<const float*>(p.bias);
+    for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
+      auto& pair = staged.pair(row, column);
+      float* v[2] = {&v0, &v1};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (bias && first_column + column < s.k) *v[e] += bias[first_column + column + e];
+        pair[e] = T::store(*v[e]);
+        *v[e] = T::load(pair[e]);  // statistics are of what is stored, as eager's
+      }
+    });
+  }
+  staged.store(p.y, pixel_of, s.k, first_column);
+  if constexpr (!kInference) {
+    if (p.statistics) {
+      tile_statistics<Tile>(d, shared + Parts::Staged::kBytes, rows,
+                            static_cast<float*>(p.statistics) + blockIdx.x * int64_t{kStatisticsRows} * s.k, s.k,
+                            first_column);
+    }
+  }
+#endif
+}
+
+}  // namespace
+
+cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  return dispatch_half(p.dtype, [&](auto t) {
+    return dispatch_tile(fprop_tile(s), [&](auto tile) {
+      using T = decltype(t);
+      using Tile = decltype(tile);
+      const dim3 grid(static_cast<unsigned>(fprop_tiles(s)), static_cast<unsigned>(ceil_div(s.k, Tile::kN)));
+      const auto launch = [&](auto prologue, auto inference) {
+        using Prologue = decltype(prologue);
+        return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid,
+                                        Tile::kBlockThreads, Fprop<T, Tile, Prologue>::shared_bytes(s), stream);
+      };
+      if (p.affine) {
+        return p.coefficients ? launch(AffineRelu{}, std::true_type{}) : launch(Raw{}, std::true_type{});
+      }
+      return p.coefficients ? launch(AffineRelu{}, std::false_type{}) : launch(Raw{}, std::false_type{});
+    });
+  });
+}
+
+}  // namespace resnet_fused::cuda

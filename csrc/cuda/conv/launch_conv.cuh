@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// Choosing a convolution kernel's instance and launching it with its shared memory.
+#pragma once
+
+#include "../launch.cuh"
+#include "shapes.h"
+#include "tile.cuh"
+
+// A build for older cards too leaves the kernels' bodies empty there; launch_conv doesn't launch them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define RESNET_FUSED_TENSOR_CORES 1
+#else
+#define RESNET_FUSED_TENSOR_CORES 0
+#endif
+
+namespace resnet_fused::cuda {
+
+using Tile128x128 = BlockTile<128, 128, 4, 2>;
+using Tile128x64 = BlockTile<128, 64, 4, 1>;
+using Tile64x64 = BlockTile<64, 64, 2, 2>;
+
+template <class Call>
+cudaError_t dispatch_tile(TileShape shape, Call call) {
+  switch (shape) {
+    case TileShape::k128x128: return call(Tile128x128{});
+    case TileShape::k128x64: return call(Tile128x64{});
+    case TileShape::k64x64: return call(Tile64x64{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Call>
+cudaError_t dispatch_half(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::BFloat16: return call(BFloat16{});
+    case DType::Float16: return call(Float16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+template <class Params>
+cudaError_t launch_conv(void (*kernel)(const Params), const Params& p, dim3 grid, int threads, int shared_bytes,
+                        cudaStream_t stream) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 8) return cudaErrorNoKernelImageForDevice;
+  // More than 48 KB have to be asked for.
+  const cudaError_t allowed =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (allowed != cudaSuccess) return allowed;
+  kernel<<<grid, threads, shared_bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+inline constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+}  // namespace resnet_fused::cuda

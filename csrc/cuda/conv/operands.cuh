@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// The operands of the implicit GEMMs: which 16 bytes of which tensor go where in a stage (issue), and what happens to
+// them before the tensor cores read them (transform, the prologue). A thread transforms the chunks that it copied
+// itself, so that its own copies' arrival is all it waits for; whether a chunk was padding it remembers in one bit, and
+// padding stays zero whatever the prologue makes of zero.
+#pragma once
+
+#include <climits>
+
+#include "tile.cuh"
+
+namespace resnet_fused::cuda {
+
+// ---- prologues -------------------------------------------------------------------------------------------------
+
+// Per-channel tables in shared memory. The two halves of every eight channels lie apart, so that threads on
+// neighbouring chunks read neighbouring 16 bytes.
+class ChannelTables {
+ public:
+  static int bytes(int tables, int channels) { return tables * channels * static_cast<int>(sizeof(float)); }
+
+  __device__ ChannelTables(float* shared, int channels) : shared_(shared), half_(channels / 2) {}
+
+  // Every thread of the block has to call it; followed by a barrier before the tables are read.
+  __device__ void fill(int table, const float* source) {
+    for (int c = threadIdx.x; c < 2 * half_; c += blockDim.x) *at(table, c) = source[c];
+  }
+  __device__ void read(int table, int channel, float (&values)[kChunkValues]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float4 v = *reinterpret_cast<const float4*>(at(table, channel + 4 * h));
+      values[4 * h] = v.x, values[4 * h + 1] = v.y, values[4 * h + 2] = v.z, values[4 * h + 3] = v.w;
+    }
+  }
+
+ private:
+  __device__ float* at(int table, int c) const {
+    return shared_ + table * 2 * half_ + c / 4 % 2 * half_ + c / 8 * 4 + c % 4;
+  }
+
+  float* shared_;
+  int half_;
+};
+
+// The operand as it is in memory.
+struct Raw {
+  static constexpr int kSources = 1, kTables = 0;
+};
+
+// kFirstRow: of the coefficients table; its kTables rows follow each other.
+//
+// relu(scale*v + shift): the batch norm and ReLU in front of a convolution.
+struct AffineRelu {
+  static constexpr int kSources = 1, kTables = 2;
+  static constexpr int kFirstRow = kScale;
+  static_assert(kShift == kScale + 1);
+};
+
+// a*g + b*y + c: the gradient behind a batch norm, from g and y.
+struct BackwardAffine {
+  static constexpr int kSources = 2, kTables = 3;
+  static constexpr int kFirstRow = kA;
+  static_assert(kB == kA + 1 && kC == kA + 2);
+};
+
+template <class Prologue>
+__device__ void fill_tables(ChannelTables& tables, const void* coefficients, int channels) {
+  if constexpr (Prologue::kTables > 0) {
+#pragma unroll
+    for (int t = 0; t < Prologue::kTables; ++t) {
+      tables.fill(t, static_cast<const float*>(coefficients) + (Prologue::kFirstRow + t) * channels);
+    }
+  }
+}
+
+template <class T>
+using Chunk = Vector<typename T::Value, kChunkValues>;
+
+// In place; `other` is the second source's chunk.
+template <class T, class Prologue>
+__device__ void transform_chunk(unsigned char* chunk, const unsigned char* other, const ChannelTables& tables,
+                                int channel) {
+  auto v = load_vector<kChunkValues>(reinterpret_cast<const typename T::Value*>(chunk));
+  if constexpr (Prologue::kTables == 2) {
+    float scale[kChunkValues], shift[kChunkValues];
+    tables.read(0, channel, scale);
+    tables.read(1, channel, shift);
+#pragma unroll
+    for (int i = 0; i < kChunkValues; ++i) {
+      const float z = fmaf(scale[i], T::load(v[i]), shift[i]);
+      v[i] = T::store(z < 0.0f ? 0.0f : z);  // a NaN passes, as in eager
+    }
+  } else {
+    const auto y = load_vector<kChunkValues>(reinterpret_cast<const typename T::Value*>(other));
+    float a[kChunkValues], b[kChunkValues], c[kChunkValues];
+    tables.read(0, channel, a);
+    tables.read(1, channel, b);
+    tables.read(2, channel, c);
+#pragma unroll
+    for (int i = 0; i < kChunkValues; ++i) {
+      v[i] = T::store(fmaf(a[i], T::load(v[i]), fmaf(b[i], T::load(y[i]), c[i])));
+    }
+  }
+  *reinterpret_cast<Chunk<T>*>(chunk) = v;
+}
+
+// ---- chunks of one thread --------------------------------------------------------------------------------------
+
+// How the chunks of a tile are dealt to kThreads threads: a thread keeps its column of chunks and takes every
+// kRowStep-th row.
+template <class Layout, int kThreads>
+struct Deal {
+  static constexpr int kRowStep = kThreads / Layout::kRowChunks;
+  static constexpr int kChunks = Layout::kRows / kRowStep;
+  static_assert(kThreads % Layout::kRowChunks == 0 && Layout::kRows % kRowStep == 0);
+
+  static __device__ int column() { return threadIdx.x % Layout::kRowChunks; }
+  static __device__ int row(int i) { return threadIdx.x / Layout::kRowChunks + i * kRowStep; }
+  static __device__ int offset(int i) { return Layout::offset(row(i), column()); }
+};
+
+// Issues an operand's chunks, remembers which are not padding, and applies the prologue to those.
+template <class T, class Layout, class Prologue, int kThreads, int kStages>
+class Copier {
+ public:
+  using Dealt = Deal<Layout, kThreads>;
+  static constexpr int kStageBytes = Layout::kBytes * Prologue::kSources;
+  static_assert(Dealt::kChunks * kStages <= 32, "one bit per chunk and stage");
+
+  __device__ Copier(const void* first, const void* second, const ChannelTables& tables)
+      : first_(static_cast<const typename T::Value*>(first)),
+        second_(static_cast<const typename T::Value*>(second)),
+        tables_(tables) {}
+
+  // Chunk i of stage `slot` from element `offset` of the tensor, or zeros.
+  __device__ void copy(unsigned char* stage, int slot, int i, int64_t offset, bool valid) {
+    const uint32_t to = ptx::shared_address(stage + Dealt::offset(i));
+    ptx::cp_async_16(to, valid ? first_ + offset : first_, valid);
+    if constexpr (Prologue::kSources == 2) {
+      ptx::cp_async_16(to + Layout::kBytes, valid ? second_ + offset : second_, valid);
+    }
+    if constexpr (Prologue::kTables > 0) {
+      const uint32_t bit = 1u << (slot * Dealt::kChunks + i);
+      valid_ = valid ? valid_ | bit : valid_ & ~bit;
+    }
+  }
+
+  // `channel`: of this thread's column of chunks in this stage.
+  __device__ void transform(unsigned char* stage, int slot, int channel) const {
+    if constexpr (Prologue::kTables > 0) {
+#pragma unroll
+      for (int i = 0; i < Dealt::kChunks; ++i) {
+        if (valid_ >> (slot * Dealt::kChunks + i) & 1) {
+          unsigned char* chunk = stage + Dealt::offset(i);
+          transform_chunk<T, Prologue>(chunk, chunk + Layout::kBytes, tables_, channel);
+        }
+      }
+    }
+  }
+
+ private:
+  const typename T::Value* first_;
+  const typename T::Value* second_;
+  ChannelTables tables_;
+  uint32_t valid_ = 0;
+};
+
+// ---- the reduction over taps and channels: fprop and dgrad -----------------------------------------------------
+
+// Walks the reduction: channels within a tap, taps within a row of taps.
+struct TapWalk {
+  int taps_h, taps_w, channel_tiles;
+  int h = 0, w = 0, channel_tile = 0;
+
+  __device__ int iterations() const { return taps_h * taps_w * channel_tiles; }
+  __device__ void advance() {
+    if (++channel_tile < channel_tiles) return;
+    channel_tile = 0;
+    if (++w < taps_w) return;
+    w = 0;
+    ++h;
+  }
+};
+
+// Where the output pixels of a (sub-)problem are: image n, position (u, v) of a grid.
+struct PixelGrid {
+  int images, height, width;
+
+  __device__ int64_t pixels() const { return int64_t{images} * height * width; }
+};
+
+// A: rows are output pixels, gathered from an NHWC tensor, tap by tap.
+template <class T, class Tile, class Prologue, int kStages>
+class GatheredPixels {
+ public:
+  using Layout = KMajorTile<Tile::kM>;
+  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+
+  __device__ GatheredPixels(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
+                            const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
+      : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels) {
+    walk_ = {gh.taps, gw.taps, (channels + kTileK - 1) / kTileK};
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int64_t row = first_row + Copies::Dealt::row(i);
+      const bool exists = row < grid.pixels();
+      const int pixel = exists ? static_cast<int>(row) : 0;
+      const int v = pixel % grid.width, nu = pixel / grid.width;
+      image_[i] = nu / grid.height * gh.size * gw.size;
+      // A row that doesn't exist is padding at every tap.
+      h_[i] = exists ? nu % grid.height * gh.multiply + gh.add : INT_MIN / 2;
+      w_[i] = v * gw.multiply + gw.add;
+    }
+  }
+
+  __device__ int iterations() const { return walk_.iterations(); }
+
+  __device__ void issue(unsigned char* stage, int slot) {
+    const int channel = walk_.channel_tile * kTileK + Copies::Dealt::column() * kChunkValues;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
+      const int64_t pixel = image_[i] + h * gw_.size + w;
+      copies_.copy(stage, slot, i, pixel * channels_ + channel, inside && channel < channels_);
+    }
+    walk_.advance();
+  }
+
+  __device__ void transform(unsigned char* stage, int slot) {
+    copies_.transform(stage, slot, transformed_ * kTileK + Copies::Dealt::column() * kChunkValues);
+    if (++transformed_ == walk_.channel_tiles) transformed_ = 0;
+  }
+
+ private:
+  static constexpr int kChunks = Copies::Dealt::kChunks;
+  Copies copies_;
+  Gather gh_, gw_;
+  int channels_;
+  TapWalk walk_;
+  int transformed_ = 0;  // channel tile
+  int image_[kChunks], h_[kChunks], w_[kChunks];
+};
+
+// B of fprop: rows are output channels, the reduction runs along KRSC's memory.
+template <class T, class Tile, int kStages>
+class WeightRows {
+ public:
+  using Layout = KMajorTile<Tile::kN>;
+  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+
+  __device__ WeightRows(const void* weight, const ConvShape& shape, int first_column)
+      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), first_(first_column) {
+    walk_ = {shape.r, shape.s, (shape.c + kTileK - 1) / kTileK};
+  }
+
+  __device__ void issue(unsigned char* stage, int slot) {
+    const int channel = walk_.channel_tile * kTileK + Copies::Dealt::column() * kChunkValues;
+#pragma unroll
+    for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
+      const int k = first_ + Copies::Dealt::row(i);
+      const int64_t tap = (int64_t{k} * shape_.r + walk_.h) * shape_.s + walk_.w;
+      copies_.copy(stage, slot, i, tap * shape_.c + channel, k < shape_.k && channel < shape_.c);
+    }
+    walk_.advance();
+  }
+  __device__ void transform(unsigned char*, int) {}
+
+ private:
+  Copies copies_;
+  ConvShape shape_;
+  int first_;
+  TapWalk walk_;
+};
+
+// B of dgrad: the reduction runs over output channels, columns are input channels.
+template <class T, class Tile, int kStages>
+class WeightColumns {
+ public:
+  using Layout = MnMajorTile<Tile::kN>;
+  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+
+  __device__ WeightColumns(const void* weight, const ConvShape& shape, const Gather& gh, const Gather& gw,
+                           int first_column)
+      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), gh_(gh), gw_(gw) {
+    walk_ = {gh.taps, gw.taps, (shape.k + kTileK - 1) / kTileK};
+    channel_ = first_column + Copies::Dealt::column() * kChunkValues;
+  }
+
+  __device__ void issue(unsigned char* stage, int slot) {
+    const int r = gh_.first + walk_.h * gh_.every, s = gw_.first + walk_.w * gw_.every;
+#pragma unroll
+    for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
+      const int k = walk_.channel_tile * kTileK + Copies::Dealt::row(i);
+      const int64_t tap = (int64_t{k} * shape_.r + r) * shape_.s + s;
+      copies_.copy(stage, slot, i, tap * shape_.c + channel_, k < shape_.k && channel_ < shape_.c);
+    }
+    walk_.advance();
+  }
+  __device__ void transform(unsigned char*, int) {}
+
+ private:
+  Copies copies_;
+  ConvShape shape_;
+  Gather gh_, gw_;
+  TapWalk walk_;
+  int channel_;
+};
+
+// ---- the reduction over pixels: wgrad --------------------------------------------------------------------------
+
+// Columns are channels of an NHWC tensor, the reduction runs over output pixels [begin, end), which read it at one
+// tap. Serves both operands: dy's tap is the pixel itself.
+template <class T, class Tile, int kExtent, class Prologue, int kStages>
+class PixelColumns {
+ public:
+  using Layout = MnMajorTile<kExtent>;
+  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+
+  // Gathers whose `add` is the tap's offset.
+  __device__ PixelColumns(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
+                          const Gather& gw, int channels, const PixelGrid& grid, int64_t begin, int64_t end,
+                          int first_channel)
+      : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels), grid_(grid), end_(end) {
+    channel_ = first_channel + Copies::Dealt::column() * kChunkValues;
+    step_w_ = kTileK % grid.width;
+    step_h_ = kTileK / grid.width % grid.height;
+    step_n_ = kTileK / grid.width / grid.height;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      pixel_[i] = begin + Copies::Dealt::row(i);
+      const int pixel = static_cast<int>(pixel_[i]);
+      v_[i] = pixel % grid.width;
+      u_[i] = pixel / grid.width % grid.height;
+      n_[i] = pixel / grid.width / grid.height;
+    }
+  }
+
+  __device__ void issue(unsigned char* stage, int slot) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int h = u_[i] * gh_.multiply + gh_.add, w = v_[i] * gw_.multiply + gw_.add;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
+      const int64_t pixel = (int64_t{n_[i]} * gh_.size + h) * gw_.size + w;
+      copies_.copy(stage, slot, i, pixel * channels_ + channel_,
+                   inside && pixel_[i] < end_ && channel_ < channels_);
+      advance(i);
+    }
+  }
+
+  __device__ void transform(unsigned char* stage, int slot) {
+    // A column beyond the channels has nothing valid to transform.
+    copies_.transform(stage, slot, channel_ < channels_ ? channel_ : 0);
+  }
+
+ private:
+  static constexpr int kChunks = Copies::Dealt::kChunks;
+
+  __device__ void advance(int i) {
+    pixel_[i] += kTileK;
+    v_[i] += step_w_;
+    u_[i] += step_h_;
+    n_[i] += step_n_;
+    if (v_[i] >= grid_.width) v_[i] -= grid_.width, ++u_[i];
+    if (u_[i] >= grid_.height) u_[i] -= grid_.height, ++n_[i];
+  }
+
+  Copies copies_;
+  Gather gh_, gw_;
+  int channels_, channel_;
+  PixelGrid grid_;
+  int64_t end_, pixel_[kChunks];
+  int step_n_, step_h_, step_w_;
+  int n_[kChunks], u_[kChunks], v_[kChunks];
+};
+
+}  // namespace resnet_fused::cuda

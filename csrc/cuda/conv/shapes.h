@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// From a convolution's shape to its plan: tiles, splits and the sub-problems of dgrad. Pure functions of the
+// shape alone, constexpr so that kernels may call them.
+#pragma once
+
+#include <cstdint>
+
+#include "../../conv_params.h"
+#include "../layout.h"
+
+namespace resnet_fused::cuda {
+
+inline constexpr int kTileK = 32;  // the reduction's depth per stage
+
+// Rows and columns of the output per block.
+enum class TileShape : int { k128x128, k128x64, k64x64 };
+
+constexpr int tile_rows(TileShape t) { return t == TileShape::k64x64 ? 64 : 128; }
+constexpr int tile_columns(TileShape t) { return t == TileShape::k128x128 ? 128 : 64; }
+
+// The largest tile that leaves enough blocks to fill a card of about a hundred multiprocessors.
+constexpr TileShape choose_tile(int64_t rows, int64_t columns) {
+  constexpr int64_t kEnough = 128;
+  const auto blocks = [&](TileShape t) { return ceil_div(rows, tile_rows(t)) * ceil_div(columns, tile_columns(t)); };
+  if (columns > 64 && blocks(TileShape::k128x128) >= kEnough) return TileShape::k128x128;
+  if (blocks(TileShape::k128x64) >= kEnough) return TileShape::k128x64;
+  return TileShape::k64x64;
+}
+
+constexpr int64_t output_pixels(const ConvShape& s) { return int64_t{s.n} * s.p * s.q; }
+
+constexpr TileShape fprop_tile(const ConvShape& s) { return choose_tile(output_pixels(s), s.k); }
+constexpr int64_t fprop_tiles(const ConvShape& s) { return ceil_div(output_pixels(s), tile_rows(fprop_tile(s))); }
+
+// One spatial dimension of a gather: tap j of output coordinate u reads input coordinate u*multiply + add + j*step,
+// which is padding outside [0, size). The taps are those with index first + j*every, `taps` of them.
+struct Gather {
+  int multiply, add, step, size;
+  int first, every, taps;
+};
+
+constexpr Gather fprop_gather(int size, int stride, int pad, int dilation, int taps) {
+  return {stride, -pad, dilation, size, 0, 1, taps};
+}
+
+// dgrad of stride 1 or 2, for inputs h = parity + stride*u: the taps r with (h + pad - r*dilation) divisible by stride
+// read p = (h + pad - r*dilation) / stride. Taps follow each other at `every`: all, or every second.
+constexpr Gather dgrad_gather(int size, int stride, int pad, int dilation, int filter, int parity) {
+  const int every = stride == 2 && dilation % 2 == 1 ? 2 : 1;
+  for (int first = 0; first < every && first < filter; ++first) {
+    const int numerator = parity + pad - first * dilation;
+    if (numerator % stride != 0) continue;
+    // u*1 + numerator/stride, exact for negative numerators too
+    return {1, numerator / stride, -every * dilation / stride, size, first, every,
+            static_cast<int>(ceil_div(filter - first, every))};
+  }
+  return {1, 0, 0, size, 0, 1, 0};
+}
+
+// How many of the coordinates 0 ... size-1 have this parity.
+constexpr int with_parity(int size, int stride, int parity) { return (size - parity + stride - 1) / stride; }
+
+constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
+  return int64_t{s.n} * with_parity(s.h, s.stride_h, parity_h) * with_parity(s.w, s.stride_w, parity_w);
+}
+
+constexpr TileShape dgrad_tile(const ConvShape& s) { return choose_tile(int64_t{s.n} * s.h * s.w, s.c); }
+
+// Tiles of all sub-problems, one after the other.
+constexpr int64_t dgrad_tiles(const ConvShape& s) {
+  int64_t tiles = 0;
+  for (int h = 0; h < s.stride_h; ++h) {
+    for (int w = 0; w < s.stride_w; ++w) tiles += ceil_div(dgrad_pixels(s, h, w), tile_rows(dgrad_tile(s)));
+  }
+  return tiles;
+}
+
+// Which sub-problem a tile belongs to, and where in it the tile begins.
+struct SubProblem {
+  int parity_h, parity_w;
+  int64_t first_row;
+};
+
+constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int rows) {
+  for (int h = 0; h < s.stride_h; ++h) {
+    for (int w = 0; w < s.stride_w; ++w) {
+      const int64_t tiles = ceil_div(dgrad_pixels(s, h, w), rows);
+      if (tile < tiles) return {h, w, tile * rows};
+      tile -= tiles;
+    }
+  }
+  return {0, 0, 0};  // not reached by tiles below dgrad_tiles
+}
+
+// wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split so that the blocks
+// fill a card, each split at least kSplitPixels long.
+constexpr TileShape wgrad_tile(const ConvShape& s) {
+  return s.k > 64 && s.c > 64 ? TileShape::k128x128 : s.k > 64 ? TileShape::k128x64 : TileShape::k64x64;
+}
+
+constexpr int64_t wgrad_column_tiles(const ConvShape& s) {
+  return int64_t{s.r} * s.s * ceil_div(s.c, tile_columns(wgrad_tile(s)));
+}
+
+constexpr int64_t wgrad_splits(const ConvShape& s) {
+  constexpr int64_t kBlocks = 256, kSplitPixels = 512, kMost = 64;
+  const int64_t blocks = ceil_div(s.k, tile_rows(wgrad_tile(s))) * wgrad_column_tiles(s);
+  const int64_t wanted = ceil_div(kBlocks, blocks), useful = ceil_div(output_pixels(s), kSplitPixels);
+  const int64_t splits = wanted < useful ? wanted : useful;
+  return splits < 1 ? 1 : splits > kMost ? kMost : splits;
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// Operand tiles in shared memory: where a 16-byte chunk lies, and how a warp reads its mma fragments. Chunks are XOR-
+// swizzled so that neither the copies in (a quarter warp writes 128 contiguous bytes) nor ldmatrix (eight rows of one
+// column of chunks) meet in a bank.
+#pragma once
+
+#include "../device/ptx.cuh"
+#include "../device/vector.cuh"
+#include "shapes.h"
+
+namespace resnet_fused::cuda {
+
+inline constexpr int kChunkBytes = 16;
+inline constexpr int kChunkValues = 8;  // 16-bit values
+
+// kExtent rows of kTileK values: the reduction runs along memory. A row is half of the 128 bytes of all banks.
+template <int kExtent>
+struct KMajorTile {
+  static constexpr int kRows = kExtent, kRowChunks = kTileK / kChunkValues;
+  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static_assert(kRowChunks == 4, "the swizzle is for rows of 64 bytes");
+
+  static __device__ int offset(int row, int chunk) {
+    return (row * kRowChunks + (chunk ^ ((row >> 1) & 3))) * kChunkBytes;
+  }
+  // The m16k16 fragment of a row-major A at (m, k).
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int k) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4<false>(r, tile + offset(m + lane % 16, k / kChunkValues + lane / 16));
+  }
+  // Two k16n8 fragments of a column-major B at (n, k) and (n + 8, k): r[0], r[1] and r[2], r[3].
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int k) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4<false>(r, tile + offset(n + lane % 8 + lane / 16 * 8, k / kChunkValues + lane / 8 % 2));
+  }
+};
+
+// kTileK rows of kExtent values: the reduction runs across memory, and fragments are transposed on the way.
+template <int kExtent>
+struct MnMajorTile {
+  static constexpr int kRows = kTileK, kRowChunks = kExtent / kChunkValues;
+  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static_assert(kRowChunks % 8 == 0, "the swizzle is for rows of whole 128 bytes");
+
+  static __device__ int offset(int row, int chunk) { return (row * kRowChunks + (chunk ^ (row & 7))) * kChunkBytes; }
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int k) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4<true>(r, tile + offset(k + lane % 8 + lane / 16 * 8, m / kChunkValues + lane / 8 % 2));
+  }
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int k) {
+    const int lane = threadIdx.x % 32;
+    ptx::ldmatrix_x4<true>(r, tile + offset(k + lane % 16, n / kChunkValues + lane / 16));
+  }
+};
+
+// Block tile kM x kN of kWarpsM x kWarpsN warps.
+template <int kTileM, int kTileN, int kRowsOfWarps, int kColumnsOfWarps>
+struct BlockTile {
+  static constexpr int kM = kTileM, kN = kTileN;
+  static constexpr int kWarpsM = kRowsOfWarps, kWarpsN = kColumnsOfWarps;
+  static constexpr int kBlockThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+};
+
+// d[i][j] is the m16n8 accumulator of fragment row i and column j of the warp: element e lies in row
+// lane / 4 + e / 2 * 8 and column lane % 4 * 2 + e % 2.
+template <class Tile>
+using Accumulators = float[Tile::kFragmentsM][Tile::kFragmentsN][4];
+
+template <class Tile>
+__device__ int warp_row() {
+  return threadIdx.x / 32 % Tile::kWarpsM * Tile::kWarpM;
+}
+template <class Tile>
+__device__ int warp_column() {
+  return threadIdx.x / 32 / Tile::kWarpsM * Tile::kWarpN;
+}
+
+// body(row in the tile, column in the tile, accumulator) for every element that this thread holds.
+template <class Tile, class Body>
+__device__ void for_each_element(Accumulators<Tile>& d, Body body) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        body(warp_row<Tile>() + i * 16 + lane / 4 + e / 2 * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2 + e % 2,
+             d[i][j][e]);
+      }
+    }
+  }
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// dW as an implicit GEMM: rows are output channels, columns a tap's input channels, the reduction runs over output
+// pixels and is split, so that the grid fills a card. Splits leave float partials, which are added in their order.
+#include "../kernels.h"
+#include "launch_conv.cuh"
+#include "mainloop.cuh"
+
+namespace resnet_fused::cuda {
+namespace {
+
+constexpr int kStages = 3;
+
+template <class T, class Tile, class PrologueA, class PrologueB>
+struct Wgrad {
+  using A = PixelColumns<T, Tile, Tile::kM, PrologueA, kStages>;
+  using B = PixelColumns<T, Tile, Tile::kN, PrologueB, kStages>;
+  static constexpr int kRing = kRingBytes<A, B, kStages>;
+
+  static int shared_bytes(const ConvShape& s) {
+    return kRing + ChannelTables::bytes(PrologueA::kTables, s.k) + ChannelTables::bytes(PrologueB::kTables, s.c);
+  }
+};
+
+// Grid: rows of tiles, columns of tiles, splits.
+template <class T, class Tile, class PrologueA, class PrologueB>
+__global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradParams p) {
+#if RESNET_FUSED_TENSOR_CORES
+  using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const ConvShape& s = p.shape;
+  auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
+  ChannelTables tables_a(memory, s.k), tables_b(memory + PrologueA::kTables * s.k, s.c);
+  fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k);
+  fill_tables<PrologueB>(tables_b, p.coefficients, s.c);
+  __syncthreads();
+
+  const int channel_tiles = (s.c + Tile::kN - 1) / Tile::kN;
+  const int tap = blockIdx.y / channel_tiles, first_column = blockIdx.y % channel_tiles * Tile::kN;
+  const int first_row = blockIdx.x * Tile::kM;
+  const PixelGrid grid{s.n, s.p, s.q};
+  // Splits are cut at whole stages.
+  const int64_t stages = (grid.pixels() + kTileK - 1) / kTileK;
+  const int64_t begin = stages * blockIdx.z / gridDim.z * kTileK;
+  const int64_t stop = stages * (blockIdx.z + 1) / gridDim.z * kTileK;
+  const int64_t end = stop < grid.pixels() ? stop : grid.pixels();
+
+  const Gather own_h{1, 0, 0, s.p, 0, 1, 1}, own_w{1, 0, 0, s.q, 0, 1, 1};
+  Gather gh = fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r);
+  Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
+  gh.add += tap / s.s * gh.step;
+  gw.add += tap % s.s * gw.step;
+  typename Parts::A a(p.grad.g, p.grad.y, tables_a, own_h, own_w, s.k, grid, begin, end, first_row);
+  typename Parts::B b(p.x, nullptr, tables_b, gh, gw, s.c, grid, begin, end, first_column);
+  Accumulators<Tile> d = {};
+  accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK - 1) / kTileK), d);
+
+  float* out = p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int k = first_row + warp_row<Tile>() + i * 16 + lane / 4 + e * 8;
+        const int c = first_column + warp_column<Tile>() + j * 8 + lane % 4 * 2;
+        if (k < s.k && c < s.c) {
+          store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {d[i][j][2 * e], d[i][j][2 * e + 1]});
+        }
+      }
+    }
+  }
+#endif
+}
+
+// Adds the splits, four values per thread, and converts.
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_splits(const float* __restrict__ workspace,
+                                                      typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
+  for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < vectors; v += int64_t{gridDim.x} * kThreads) {
+    auto sum = load_vector<4>(workspace + 4 * v);
+    for (int split = 1; split < splits; ++split) {
+      const auto part = load_vector<4>(workspace + 4 * (split * vectors + v));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    }
+    Vector<typename T::Value, 4> result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[i] = T::store(sum[i]);
+    store_vector(dw + 4 * v, result);
+  }
+}
+
+cudaError_t launch_add_splits(const WgradParams& p, int splits, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  const int64_t vectors = int64_t{s.k} * s.r * s.s * s.c / 4;
+  const unsigned blocks = grid_size(ceil_div(vectors, kThreads));
+  const auto launch = [&](auto t) {
+    using T = decltype(t);
+    add_splits<T><<<blocks, kThreads, 0, stream>>>(p.workspace, static_cast<typename T::Value*>(p.dw), vectors, splits);
+    return cudaGetLastError();
+  };
+  return p.dw_dtype == DType::Float32 ? launch(Float32{}) : dispatch_half(p.dw_dtype, launch);
+}
+
+}  // namespace
+
+cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
+  const ConvShape& s = p.shape;
+  const auto splits = static_cast<unsigned>(wgrad_splits(s));
+  const cudaError_t error = dispatch_half(p.dtype, [&](auto t) {
+    return dispatch_tile(wgrad_tile(s), [&](auto tile) {
+      using T = decltype(t);
+      using Tile = decltype(tile);
+      const dim3 grid(static_cast<unsigned>(ceil_div(s.k, Tile::kM)), static_cast<unsigned>(wgrad_column_tiles(s)),
+                      splits);
+      const auto launch = [&](auto a, auto b) {
+        using PrologueA = decltype(a);
+        using PrologueB = decltype(b);
+        return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
+                                        Wgrad<T, Tile, PrologueA, PrologueB>::shared_bytes(s), stream);
+      };
+      if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
+      return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});
+    });
+  });
+  return error != cudaSuccess ? error : launch_add_splits(p, static_cast<int>(splits), stream);
+}
+
+}  // namespace resnet_fused::cuda
