@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""fold: inference copies without batch norms."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from lecture import ResBlk
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+from user_models import (
+    ConvBNRelu,
+    InSequence,
+    LectureNet,
+    NamedOtherwise,
+    OwnBottleneck,
+    classes,
+    fused_copy,
+    nontrivial,
+)
+
+import resnet_fused as rf
+from resnet_fused.testing import assert_passed, compare_modules
+
+FOLDED = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=4), (2, 3, 64, 64)),
+    "resnet50": (lambda: torchvision.models.resnet50(num_classes=4), (2, 3, 64, 64)),
+    "frozen": (lambda: torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d, num_classes=4), (2, 3, 64, 64)),
+    "lecture": (LectureNet, (2, 3, 48, 48)),
+    "in a sequence": (InSequence, (2, 8, 8, 8)),
+    "other names": (NamedOtherwise, (2, 8, 8, 8)),
+    "bottleneck": (OwnBottleneck, (2, 8, 8, 8)),
+    "unit": (ConvBNRelu, (2, 3, 8, 8)),
+    "synchronised": (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(LectureNet()), (2, 3, 48, 48)),
+    "native": (lambda: nn.Sequential(rf.ConvBNAct2d(3, 8), rf.ResBlk(8, 16)), (2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize(("make", "size"), FOLDED.values(), ids=FOLDED)
+def test_fold(make, size):
+    model = nontrivial(make())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    before_classes = classes(model)
+    folded = rf.fold(model)
+    assert model.training and not folded.training
+    assert classes(model) == before_classes
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    norms = nn.modules.batchnorm._NormBase | FrozenBatchNorm2d
+    assert not any(isinstance(m, norms) for m in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+    x = torch.randn(size)
+    # Folding rounds the weights once more, which the policy's floor of 16 roundoffs allows for.
+    for other in (folded, rf.unfuse(copy.deepcopy(folded))):
+        comparisons = compare_modules(other, copy.deepcopy(model).eval(), x, gradients=False)
+        assert_passed([c for c in comparisons if c.name == "output"])  # its batch norms' buffers are gone
+    assert rf.fuse(folded).fused
+
+
+def test_fold_of_16_bit_weights_is_computed_in_full_precision():
+    model = nontrivial(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    model[1].running_var.mul_(1e-4)  # bfloat16 would lose eps beside it
+    model = model.to(torch.bfloat16)
+    folded = rf.fold(model)
+    assert folded[0].weight.dtype == folded[0].bias.dtype == torch.bfloat16
+    exact = rf.fold(copy.deepcopy(model).double())
+    assert torch.equal(folded[0].weight, exact[0].weight.to(torch.bfloat16))
+    assert torch.equal(folded[0].bias, exact[0].bias.to(torch.bfloat16))
+
+
+def test_fold_leaves_what_it_may_not_touch():
+    shared = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(
+        nn.Sequential(shared, nn.BatchNorm2d(4)),
+        nn.Sequential(shared, nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.SyncBatchNorm(4)),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+    )
+    model[3][1].register_forward_hook(lambda module, args, output: output + 1)
+    leaves = [m for name, m in model.named_modules() if name not in ("2.1", "") and not len(m._modules)]
+    nontrivial(nn.ModuleList(leaves))
+    model.eval()
+    folded = rf.fold(model)
+    assert [type(m[-1]) for m in folded[:4]] == [nn.BatchNorm2d] * 4
+    assert type(folded[4][2]) is nn.SyncBatchNorm
+    assert type(folded[5][0]) is nn.BatchNorm2d
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_fold_with_tied_weights():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model[2].weight = model[0].weight
+    nontrivial(model).eval()
+    folded = rf.fold(model)
+    assert type(folded[1]) is nn.Identity
+    assert torch.equal(folded[2].weight, model[2].weight)
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_fold_of_a_fused_model_and_after_unfusing():
+    eager = nontrivial(LectureNet()).eval()
+    fused, _ = fused_copy(eager)
+    folded = rf.unfuse(rf.fold(fused))
+    assert type(folded.blk1) is ResBlk
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
+    assert len(rf.fuse(folded).fused) == 5
+    torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""fuse on torchvision's networks, the lecture's block, and blocks of other writers: they compute the same."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from lecture import ResBlk, ResBlkOpen
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops.misc import FrozenBatchNorm2d
+from user_models import OWN_BLOCKS, LectureNet, assert_same_results, classes, fused_copy, nontrivial
+
+import resnet_fused as rf
+from resnet_fused.sequential import FusedUnit
+
+
+@pytest.mark.parametrize("make", OWN_BLOCKS.values(), ids=OWN_BLOCKS)
+def test_own_blocks(make):
+    eager = nontrivial(make())
+    fused, report = fused_copy(eager)
+    assert [(e.name, e.status) for e in report.entries] == [("", "fused")]
+    assert isinstance(fused, type(eager))
+    assert isinstance(fused, rf.ResBlk | rf.BasicBlock | rf.Bottleneck)
+    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8))
+
+
+@pytest.mark.parametrize("block", [ResBlk, ResBlkOpen])
+def test_last_relu_is_decided_by_the_forward(block):
+    fused, _ = fused_copy(block(8, 8))
+    assert fused.final_relu is (block is ResBlk)
+    assert (fused(torch.randn(2, 8, 6, 6)) < 0).any().item() is (block is ResBlkOpen)
+
+
+@pytest.mark.parametrize("block", [ResBlk, ResBlkOpen])
+def test_lecture_network(block):
+    eager = nontrivial(LectureNet(block))
+    fused, report = fused_copy(eager)
+    assert [e.name for e in report.fused] == ["conv1", "blk1", "blk2", "blk3", "blk4"]
+    assert not report.left
+    assert_same_results(fused, eager, torch.randn(3, 3, 48, 48))
+
+
+def test_lecture_network_channels_last():
+    # A channels_last output cannot be viewed as [batch, -1], in eager just as fused; reshape can.
+    eager = nontrivial(nn.Sequential(ResBlk(3, 8), ResBlk(8, 8), nn.Flatten())).to(memory_format=torch.channels_last)
+    fused, _ = fused_copy(eager)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert fused[0].eval()(x).is_contiguous(memory_format=torch.channels_last)
+    assert_same_results(fused, eager, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fused_modules"),
+    [("resnet18", 64, 9), ("resnet50", 64, 17), ("vgg19_bn", 32, 1), ("vgg19", 32, 1), ("alexnet", 64, 1)],
+)
+def test_torchvision_networks(name, size, fused_modules):
+    eager = nontrivial(getattr(torchvision.models, name)(num_classes=10))
+    for module in eager.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # so that both runs in training see the same network
+    if name.startswith("vgg"):  # seven times seven average pooling of one pixel: 400 MB of equal weights
+        eager.avgpool, eager.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 10)
+    fused, report = fused_copy(eager)
+    assert len(report.fused) == fused_modules
+    assert not report.left
+    assert_same_results(fused, eager, torch.randn(2, 3, size, size))
+
+
+def test_sequences_name_what_is_fused():
+    reports = {name: rf.fuse(getattr(torchvision.models, name)().features) for name in ("vgg11_bn", "alexnet")}
+    assert [e.reason for e in reports["vgg11_bn"].entries] == ["8 conv+bn+relu"]
+    assert [e.reason for e in reports["alexnet"].entries] == ["5 conv+relu"]
+
+
+def test_other_torchvision_families():
+    googlenet = torchvision.models.googlenet(aux_logits=False, init_weights=False, num_classes=4)
+    report = rf.fuse(googlenet)
+    assert {e.kind for e in report.entries} == {"unit"}
+    assert all(isinstance(m, FusedUnit) for m in googlenet.modules() if hasattr(m, "conv"))
+
+    mobilenet = torchvision.models.mobilenet_v2()
+    report = rf.fuse(mobilenet)
+    assert {e.reason for e in report.entries} == {"1 conv+bn"}  # ReLU6 is called
+
+    dense = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4)
+    report = rf.fuse(dense)
+    assert "features.transition1" in [e.name for e in report.fused]  # batch norm, ReLU, convolution
+    assert all("cat" in e.reason for e in report.left)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        torchvision.models.googlenet(aux_logits=False, init_weights=False, num_classes=4).inception3a,
+        torchvision.models.mobilenet_v2().features[:4],
+        torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4),
+        torchvision.models.regnet_x_400mf().trunk_output[0],
+    ],
+    ids=["inception", "mobilenet", "densenet", "regnet"],
+)
+def test_other_families_compute_the_same(model):
+    eager = nontrivial(copy.deepcopy(model))
+    fused, report = fused_copy(eager)
+    assert report.fused
+    channels = next(m for m in eager.modules() if isinstance(m, nn.Conv2d)).in_channels
+    assert_same_results(fused, eager, torch.randn(2, channels, 32, 32))
+
+
+def test_frozen_batch_norm_backbone():
+    network = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
+    eager = nontrivial(torchvision.models._utils.IntermediateLayerGetter(network, {"layer2": "a", "layer4": "b"}))
+    fused, report = fused_copy(eager)
+    assert len(report.fused) == 8
+    assert [e.name for e in report.left] == [""]  # the stem, which the getter runs child by child
+    x = torch.randn(1, 3, 64, 64)
+    for key, value in eager(x).items():
+        torch.testing.assert_close(fused(x)[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_detection_model():
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=64, max_size=64
+    ).eval()
+    fused, report = fused_copy(model)
+    assert sum(e.kind == "bottleneck" for e in report.fused) == 16
+    with torch.no_grad():
+        images = [torch.rand(3, 64, 64)]
+        features = model.backbone(torch.stack(images))
+        for key, value in fused.backbone(torch.stack(images)).items():
+            torch.testing.assert_close(value, features[key], rtol=1e-3, atol=1e-4)
+        assert set(fused(images)[0]) == {"boxes", "labels", "scores"}
+
+
+def test_dilated_segmentation_model():
+    model = nontrivial(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)).eval()
+    fused, report = fused_copy(model)
+    assert sum(e.kind == "bottleneck" for e in report.fused) == 16
+    assert fused.backbone.layer4[1].conv2.dilation == (4, 4)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)["out"]
+        torch.testing.assert_close(fused(x)["out"], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_subclass_that_keeps_forward():
+    class MyBlock(BasicBlock):
+        def describe(self):
+            return "mine"
+
+    eager = ResNet(MyBlock, [1, 1, 1, 1], num_classes=4)
+    fused, report = fused_copy(eager)
+    assert len(report.fused) == 5
+    assert isinstance(fused.layer1[0], MyBlock)
+    assert isinstance(fused.layer1[0], rf.BasicBlock)
+    assert fused.layer1[0].describe() == "mine"
+    assert_same_results(fused, eager, torch.randn(2, 3, 32, 32))
+
+
+def test_subclass_of_torchvision_with_an_own_forward_is_traced():
+    class Open(BasicBlock):
+        def forward(self, x):
+            return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+
+    eager = nontrivial(Open(8, 8))
+    fused, report = fused_copy(eager)
+    assert [e.kind for e in report.fused] == ["residual block"]
+    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8))
+
+
+def test_shared_module_is_handled_once():
+    block = ResBlk(4, 4)
+    model = nn.ModuleDict({"a": block, "b": block})
+    report = rf.fuse(model)
+    assert [e.name for e in report.entries] == ["a"]
+    assert model["a"] is model["b"]
+
+
+def test_native_modules_are_reported_and_kept():
+    model = ResNet(rf.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    before = classes(model)
+    report = rf.fuse(model)
+    assert [e.reason for e in report.fused] == ["stem conv1+bn1+relu"] + ["already"] * 4
+    rf.unfuse(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("function", [rf.fuse, rf.unfuse, rf.fold, lambda m: rf.set_memory(m, "minimal")])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got dict"):
+        function({})
+
+
+def test_module_without_anything_to_fuse():
+    assert not rf.fuse(nn.Linear(2, 2)).entries
+    assert not rf.fuse(nn.ModuleList()).entries
