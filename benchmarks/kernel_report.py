@@ -4,6 +4,8 @@
 
 The exit status is 1 if a kernel spills registers or uses local memory, or if an instance for vectors of 16 bytes does
 not access its activations in such.
+
+Shared memory that a launch asks for is not in the library: for a kernel with such, the occupancy is an upper bound.
 """
 
 from __future__ import annotations
@@ -88,14 +90,16 @@ class Kernel:
     @property
     def narrow(self) -> int:
         """Accesses to 8 or 16 bits of global memory."""
-        return self.count("LDG STG", most=16)
+        return self.count("LDG LDGSTS STG", most=16)
 
     @property
     def loads(self) -> int:
-        return self.count("LDG", fewest=VECTOR_BYTES * 8)
+        """Loads of 128 bits, those of cp.async among them."""
+        return self.count("LDG LDGSTS", fewest=VECTOR_BYTES * 8)
 
     @property
     def stores(self) -> int:
+        """Stores of 128 bits."""
         return self.count("STG", fewest=VECTOR_BYTES * 8)
 
     @property
@@ -155,7 +159,7 @@ RESOURCE_HEADER = re.compile(r" Function (\S+):")
 ATTRIBUTE_HEADER = re.compile(r"\.nv\.info\.(\S+)")
 SASS_HEADER = re.compile(r"\s+Function : (\S+)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-ACCESS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|STG|LDL|STL)((?:\.\w+)*) ")
+ACCESS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|LDGSTS|STG|LDL|STL)((?:\.\w+)*) ")
 
 
 def of_kernels(lines: Iterable[str], header: re.Pattern[str]) -> Iterator[tuple[Key, str]]:
@@ -276,7 +280,7 @@ def read(cuobjdump: Path, library: Path, arch: str | None = None) -> list[Kernel
 
 def kernel_table(kernels: Iterable[Kernel]) -> str:
     header = (
-        *("kernel", "arch", "registers", "shared", "stack", "LDL+STL", "LDG.128", "STG.128", "8, 16 bits"),
+        *("kernel", "arch", "registers", "shared", "stack", "local", "128-bit loads", "stores", "8, 16 bits"),
         *("threads", "blocks", "occupancy"),
     )
     rows = []
