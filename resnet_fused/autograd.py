@@ -5,6 +5,10 @@
 One Function serves every block: a chain of units (one: ConvBNAct, two: BasicBlock, three: Bottleneck) and a join.
 Saved for backward are the block's input, the raw convolution outputs and the per-channel coefficients; the
 activations between the convolutions are recomputed from them, and the ReLUs' masks too.
+
+Each convolution is the library's, with one-pass kernels around it, or native: then the batch norm and ReLU in front of
+it, and in backward the batch norm behind it, are applied while it reads its operands, and neither the activation nor
+the gradient in between exists in memory. Both kinds mix within a block.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops, reference
+from resnet_fused.engine import current_engine
 from resnet_fused.units import Conv, Norm, Unit
 
 MEMORY_MODES = ("default", "minimal")
@@ -44,6 +49,12 @@ class _UnitPlan(NamedTuple):
     batch_statistics: bool
     momentum: float | None
     eps: float
+    native: bool
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """Of a native convolution."""
+        return self.stride, self.padding, self.dilation
 
 
 class _Plan(NamedTuple):
@@ -63,30 +74,77 @@ class _Plan(NamedTuple):
     def projection(self) -> int:
         return len(self.units) - 1
 
+    def reads_input(self, i: int) -> bool:
+        """Whether unit i reads the block's input rather than the unit before it."""
+        return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
 
-def _split(u: Unit) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
+
+def _split(u: Unit, native: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
     conv, norm = u
     c = conv if conv is not None else Conv(None)
-    plan = _UnitPlan(conv is not None, *c[2:], norm.batch_statistics, norm.momentum, norm.eps)
+    plan = _UnitPlan(conv is not None, *c[2:], norm.batch_statistics, norm.momentum, norm.eps, native)
     return plan, (c.weight, c.bias, *norm[:5])
 
 
-def _convolve(plan: _UnitPlan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+# What a unit reads: a tensor, or with coefficients the activation relu(scale*tensor + shift).
+_Source = tuple[Tensor, Tensor | None]
+
+
+def _activation(source: _Source) -> Tensor:
+    tensor, coefficients = source
+    return tensor if coefficients is None else ops.bn_apply(tensor, coefficients, relu=True)
+
+
+def _convolve(
+    plan: _UnitPlan, source: _Source, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution's output and, if it leaves them, the output's statistics."""
+    if plan.native:
+        return ops.conv_fprop(*source, weight, None if bias is None else bias.float(), *plan.geometry)
+    x = _activation(source)
     if not plan.convolves:
-        return x
+        return x, None
     bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    return ops.convolution(x, weight, bias, *plan[1:5])
+    return ops.convolution(x, weight, bias, *plan[1:5]), None
 
 
-def _normalise(plan: _UnitPlan, y: Tensor, norm: Sequence[Tensor | None]) -> Tensor:
+def _normalise(plan: _UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[Tensor | None]) -> Tensor:
     weight, bias, running_mean, running_var, num_batches_tracked = norm
     if not plan.batch_statistics:
         return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
     if y.numel() == y.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
+    statistics = statistics if statistics is not None else ops.bn_statistics(y)
     return ops.bn_finalize(
-        ops.bn_statistics(y), weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
+        statistics, weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
     )
+
+
+class _Gradient(NamedTuple):
+    """The gradient of a convolution's output y: ``a*g + b*y + c`` with ``g``, ``grad`` behind the mask of a ReLU.
+
+    The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself.
+    """
+
+    grad: Tensor
+    y: Tensor
+    coefficients: Tensor
+    backward_coefficients: Tensor
+    batch_statistics: bool
+    relu: bool = False
+    shortcut: Tensor | None = None
+    z: Tensor | None = None
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For a native convolution, which puts the parts together itself."""
+        assert not self.relu
+        return self.grad, self.y, self.backward_coefficients
+
+    def tensor(self, own: bool) -> Tensor:
+        """``own``: ``grad`` is ours to write over, so that no memory is touched for the first time."""
+        arguments = (self.y, self.coefficients, self.backward_coefficients, self.shortcut, self.z)
+        apply = ops.bn_backward_apply_ if own else ops.bn_backward_apply
+        return apply(self.grad, *arguments, self.relu, self.batch_statistics)
 
 
 class _Block(torch.autograd.Function):
@@ -100,14 +158,10 @@ class _Block(torch.autograd.Function):
         weights = [u[0] if not plan.cast_weights or u[0] is None else u[0].to(x.dtype) for u in units]
         outputs, coefficients = [], []
         for i, (unit, tensor) in enumerate(zip(plan.units, units, strict=True)):
-            if i == 0 or (plan.join is Join.PROJECTION and i == plan.projection):
-                a = x
-            else:
-                a = ops.bn_apply(outputs[-1], coefficients[-1], relu=True)
-            y = _convolve(unit, a, weights[i], tensor[1])
-            del a
+            source = (x, None) if plan.reads_input(i) else (outputs[-1], coefficients[-1])
+            y, statistics = _convolve(unit, source, weights[i], tensor[1])
             outputs.append(y)
-            coefficients.append(_normalise(unit, y, tensor[2:]))
+            coefficients.append(_normalise(unit, y, statistics, tensor[2:]))
 
         last = plan.last
         if plan.join is Join.PROJECTION:
@@ -153,13 +207,8 @@ class _Block(torch.autograd.Function):
         grads: list[list[Tensor | None]] = [[None] * _TENSORS_PER_UNIT for _ in range(count)]
         last, projection = plan.last, plan.projection
 
-        def unit_input(i: int) -> Tensor:
-            if i == 0 or (plan.join is Join.PROJECTION and i == projection):
-                return x
-            return ops.bn_apply(outputs[i - 1], coefficients[i - 1], relu=True)
-
-        def unit_output(i: int, a: Tensor) -> Tensor:
-            return outputs[i] if outputs[i] is not None else _convolve(plan.units[i], a, weights[i], parameters[i][1])
+        def source(i: int) -> _Source:
+            return (x, None) if plan.reads_input(i) else (outputs[i - 1], coefficients[i - 1])
 
         def norm_backward(i: int, sums: Tensor, branch: int, y: Tensor) -> Tensor:
             """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
@@ -175,7 +224,7 @@ class _Block(torch.autograd.Function):
                 grads[i][1] = torch.zeros_like(bias) if statistics else (b[2] * b[1]).to(bias.dtype)
             return b
 
-        def conv_backward(i: int, grad_y: Tensor, a: Tensor, need_input: bool) -> Tensor | None:
+        def library_backward(i: int, grad_y: Tensor, a: Tensor, need_input: bool) -> Tensor | None:
             unit = plan.units[i]
             if not unit.convolves:
                 return grad_y
@@ -186,74 +235,147 @@ class _Block(torch.autograd.Function):
                 grads[i][0] = grad_weight.to(parameters[i][0].dtype)
             return grad_a
 
-        a = unit_input(last)
-        y = unit_output(last, a)
+        def native_backward(
+            i: int, gradient: _Gradient, need_input: bool, addend: Tensor | None
+        ) -> tuple[Tensor | None, Tensor | None]:
+            """The gradient of what the unit reads, behind the ReLU in front of it, and its sums if there is one."""
+            unit, weight = plan.units[i], weights[i]
+            tensor, table = source(i)
+            if needs[i][0]:
+                dtype = torch.float32 if parameters[i][0].dtype == torch.float32 else weight.dtype
+                found = ops.conv_wgrad(
+                    *gradient.parts(), tensor, table, tuple(weight.shape[2:]), *unit.geometry, dtype
+                )
+                grads[i][0] = found.to(parameters[i][0].dtype)
+            if not need_input:
+                return None, None
+            masked_by = (None, None) if table is None else (tensor, table)
+            dx, sums = ops.conv_dgrad(
+                *gradient.parts(), weight, tuple(tensor.shape[2:]), *unit.geometry, addend, *masked_by
+            )
+            return dx, None if table is None else sums
+
+        # The join.
+        a = None if plan.units[last].native else _activation(source(last))
+        y = outputs[last]
+        if y is None:
+            read = source(last) if a is None else (a, None)
+            y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
         grad_shortcut = grad_x = None
         if plan.join is Join.PROJECTION:
-            s = unit_output(projection, x)
-            _, sums = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, coefficients[projection], None, plan.relu
-            )
-            grad_y, grad_s = ops.bn_backward_apply_pair(
-                grad,
-                y,
-                coefficients[last],
-                norm_backward(last, sums, 0, y),
-                s,
-                coefficients[projection],
-                norm_backward(projection, sums, 1, s),
-                plan.relu,
-                plan.units[last].batch_statistics,
-                plan.units[projection].batch_statistics,
-            )
-            del s
-            grad_x = conv_backward(projection, grad_s, x, need_x)
-            del grad_s
-        else:
-            s = x if plan.join is Join.IDENTITY and plan.relu else None
+            s = outputs[projection]
+            if s is None:
+                s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
+            some_native = plan.units[last].native or plan.units[projection].native
             masked, sums = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, None, z, plan.relu, write_grad=need_shortcut and plan.relu
+                grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
             )
-            grad_shortcut = (masked if plan.relu else grad) if need_shortcut else None
-            grad_y = ops.bn_backward_apply(
-                grad,
-                y,
-                coefficients[last],
-                norm_backward(last, sums, 0, y),
-                s,
-                z,
-                plan.relu,
-                plan.units[last].batch_statistics,
+            g = masked if plan.relu else grad
+            b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
+            if some_native:
+                gradient = _Gradient(g, y, coefficients[last], b, plan.units[last].batch_statistics)
+                of_shortcut = _Gradient(
+                    g, s, coefficients[projection], b_shortcut, plan.units[projection].batch_statistics
+                )
+                if plan.units[projection].native:
+                    grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
+                else:
+                    grad_x = library_backward(projection, of_shortcut.tensor(own=False), x, need_x)
+                grad_y = None
+            else:
+                grad_y, grad_s = ops.bn_backward_apply_pair(
+                    grad,
+                    y,
+                    coefficients[last],
+                    b,
+                    s,
+                    coefficients[projection],
+                    b_shortcut,
+                    plan.relu,
+                    plan.units[last].batch_statistics,
+                    plan.units[projection].batch_statistics,
+                )
+                gradient = None
+                grad_x = library_backward(projection, grad_s, x, need_x)
+                del grad_s
+            del s
+        else:
+            identity = plan.join is Join.IDENTITY
+            s = x if identity and plan.relu else None
+            # A native convolution takes the masked gradient, and the identity's is added by the first one.
+            write = plan.relu and (
+                need_shortcut or plan.units[last].native or (identity and need_x and plan.units[0].native)
             )
+            masked, sums = ops.bn_backward_reduce(
+                grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
+            )
+            g = masked if plan.relu else grad
+            grad_shortcut = g if need_shortcut else None
+            if identity and need_x and (write or not plan.relu):
+                grad_x = g
+            b = norm_backward(last, sums, 0, y)
+            statistics = plan.units[last].batch_statistics
+            if plan.units[last].native:
+                gradient = _Gradient(g, y, coefficients[last], b, statistics)
+            else:
+                gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
+            grad_y = None
+
+        # The chain. `grad_y` or `gradient` is unit i's; `own` says that its memory is ours.
+        own = False
+        grad_a = None
         for i in range(last, -1, -1):
             need_input = need_x or any(any(n) for n in needs[:i])
-            grad_a = conv_backward(i, grad_y, a, need_input)
-            grad_y = a = None  # freed before the next allocation
+            sums = None
+            if plan.units[i].native:
+                addend = None
+                if i == 0 and need_x:
+                    addend, grad_x = grad_x, None
+                grad_a, sums = native_backward(i, gradient, need_input, addend)
+            else:
+                if grad_y is None:
+                    grad_y = gradient.tensor(own)
+                    gradient = None
+                a = a if a is not None else _activation(source(i))
+                grad_a = library_backward(i, grad_y, a, need_input)
+            gradient = grad_y = a = None  # freed before the next allocation
             if i == 0 or not need_input:
                 break
-            a = unit_input(i - 1)
-            below = unit_output(i - 1, a)
-            grad_a = ops.dense(grad_a)
-            _, sums = ops.bn_backward_reduce(grad_a, below, coefficients[i - 1], relu=True)
-            # The gradient is ours: written over, so that no memory is touched for the first time.
-            grad_y = ops.bn_backward_apply_(
-                grad_a,
-                below,
-                coefficients[i - 1],
-                norm_backward(i - 1, sums, 0, below),
-                relu=True,
-                batch_statistics=plan.units[i - 1].batch_statistics,
-            )
+            unit, below = plan.units[i - 1], outputs[i - 1]
+            if sums is None and unit.native:
+                grad_a, sums = ops.bn_backward_reduce(
+                    grad_a, below, coefficients[i - 1], relu=True, write_grad=True
+                )
+            elif sums is None:
+                a = _activation(source(i - 1))
+                if below is None:
+                    below, _ = _convolve(unit, (a, None), weights[i - 1], parameters[i - 1][1])
+                grad_a = ops.dense(grad_a)
+                _, sums = ops.bn_backward_reduce(grad_a, below, coefficients[i - 1], relu=True)
+                gradient = _Gradient(
+                    grad_a,
+                    below,
+                    coefficients[i - 1],
+                    norm_backward(i - 1, sums, 0, below),
+                    unit.batch_statistics,
+                    relu=True,
+                )
+            if gradient is None:
+                b = norm_backward(i - 1, sums, 0, below)
+                gradient = _Gradient(grad_a, below, coefficients[i - 1], b, unit.batch_statistics)
+            own = True
         if not need_x:
             grad_a = None
+        elif plan.units[0].native:
+            pass  # the shortcut's gradient was added
         elif plan.join is Join.PROJECTION:
             grad_a = grad_x.add_(grad_a)
         elif plan.join is Join.IDENTITY:
             grad_a = ops.dense(grad_a)
-            if plan.relu:
-                ops.relu_backward_add_(grad_a, grad, y, coefficients[last], x)
+            if grad_x is not None:
+                grad_a.add_(grad_x)
             else:
-                grad_a.add_(grad)
+                ops.relu_backward_add_(grad_a, grad, y, coefficients[last], x)
         return None, grad_a, grad_shortcut, *(g for unit_grads in grads for g in unit_grads)
 
 
@@ -313,7 +435,38 @@ def residual(
     else:
         join = Join.IDENTITY if shortcut is x else Join.TENSOR
     chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
-    plans, tensors = zip(*(_split(u) for u in chain), strict=True)
+    native = [current_engine() == "native" and _is_native(x, u) for u in chain]
+    plans, tensors = zip(*(_split(u, n) for u, n in zip(chain, native, strict=True)), strict=True)
     plan = _Plan(plans, join, relu, memory == "minimal", cast_weights)
     external = shortcut if join is Join.TENSOR else None
+    if all(native) and not any(u.norm.batch_statistics for u in chain):
+        given = [t for unit in tensors for t in unit if t is not None]
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given, external) if t is not None)):
+            return _infer(plan, x, external, tensors)
     return _Block.apply(plan, x, external, *(t for unit in tensors for t in unit))
+
+
+def _is_native(x: Tensor, u: Unit) -> bool:
+    """Whether ``u`` runs natively in a block on ``x``; between its units activations keep x's dtype and layout."""
+    c = u.conv
+    return c is not None and ops.native_reason(x, c.weight, c.stride, c.padding, c.dilation, c.groups) is None
+
+
+def _infer(plan: _Plan, x: Tensor, shortcut: Tensor | None, units: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """Frozen native units, nothing to differentiate: batch norm, shortcut and ReLU are the convolutions' epilogues."""
+
+    def run(i: int, a: Tensor, joined: Tensor | None, relu: bool) -> Tensor:
+        unit, (weight, bias, gamma, beta, mean, var, _) = plan.units[i], units[i]
+        table = ops.bn_coefficients(mean, var, gamma, beta, unit.eps, x.dtype)
+        if bias is not None:
+            table[3] += table[2] * bias
+        return ops.conv_fprop_inference(a, None, weight.to(x.dtype), table, joined, relu, *unit.geometry)
+
+    if plan.join is Join.PROJECTION:
+        shortcut = run(plan.projection, x, None, False)
+    elif plan.join is Join.IDENTITY:
+        shortcut = x
+    a = x
+    for i in range(plan.last):
+        a = run(i, a, None, True)
+    return run(plan.last, a, shortcut, plan.relu)

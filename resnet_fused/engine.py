@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-ENGINES = ("auto", "library", "reference")
+ENGINES = ("auto", "library", "native", "reference")
 
 _engine: ContextVar[str] = ContextVar("resnet_fused_engine", default="auto")
 
@@ -18,9 +18,11 @@ def engine(name: str) -> Iterator[None]:
     """Run every fused function and module inside the ``with`` block through one engine.
 
     Args:
-        name: ``"library"``: the library's convolutions (oneDNN) with this package's one-pass kernels around
-            them; ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: the best there is
-            for each case, today ``"library"``.
+        name: ``"library"``: the library's convolutions (oneDNN, cuDNN) with this package's one-pass kernels around
+            them; ``"native"``: this package's convolutions with everything fused into them where they apply
+            (:func:`resnet_fused.ops.native_reason`), the library's elsewhere, also within a block;
+            ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: the best that was measured,
+            today ``"library"`` everywhere.
 
     Raises:
         ValueError: if ``name`` is none of these.
@@ -37,5 +39,5 @@ def engine(name: str) -> Iterator[None]:
 
 
 def current_engine() -> str:
-    """The engine in force: ``"auto"``, ``"library"`` or ``"reference"``."""
+    """The engine in force: ``"auto"``, ``"library"``, ``"native"`` or ``"reference"``."""
     return _engine.get()

@@ -44,7 +44,8 @@ def empty_cache() -> None:
     """Return to the system the CPU memory that waits to be used again.
 
     Outputs and gradients of at least 1 MiB that fused code allocates on the CPU come from memory that is kept when
-    they are freed: at most as much as was in use together, each block until it waited for 1024 allocations.
+    they are freed: at most as much as was in use together since the last call of this, each block until it waited
+    for 1024 allocations.
     """
     _C.empty_memory_pool()
 
@@ -118,8 +119,8 @@ def bn_backward_reduce(
     """The sums of one or two batch norms' backward over ``g``, the gradient behind the ReLU.
 
     Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[tiles, 2, C]`` acc, tiles as in
-    :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum of g*(shortcut - its mean). The ReLU's mask
-    is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and ``shortcut``.
+    :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum of
+    g*(shortcut - its mean). The ReLU's mask is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and ``shortcut``.
     """
     return _ops.bn_backward_reduce(
         grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad
@@ -246,7 +247,9 @@ def _planes(rows: Tensor, like: Tensor) -> Tensor:
 
 def _pooling(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """What an operator of PyTorch allocates for ``x`` on the CPU comes from the memory pool, too."""
-    return _C.Pooling() if x.device.type == "cpu" else contextlib.nullcontext()
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _C.Pooling()
 
 
 def convolution(
@@ -292,6 +295,138 @@ def convolution_backward(
             grad_x = of_input if left[0] else grad_x
             grad_weight = of_weight if left[1] else grad_weight
     return grad_x, grad_weight
+
+
+_NATIVE_DTYPES = (torch.bfloat16, torch.float16)
+_NATIVE_MULTIPLE = 8  # channels: 16 bytes
+_NATIVE_CHANNELS = 2048  # the prologue's tables have to fit into shared memory
+_NATIVE_TAPS = 7  # per dimension
+
+
+def native_reason(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> str | None:
+    """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
+    channels = (weight.shape[1], weight.shape[0])
+    if x.device.type != "cuda" or not _WITH_CUDA:
+        return f"no native convolutions for device {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "compute capability below 8.0"
+    if x.dtype not in _NATIVE_DTYPES:
+        return f"dtype {x.dtype}; native are bfloat16 and float16"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the input is not channels_last"
+    if groups != 1:
+        return f"groups={groups}"
+    if any(c % _NATIVE_MULTIPLE or c > _NATIVE_CHANNELS for c in channels):
+        return f"channels {channels}; native are multiples of {_NATIVE_MULTIPLE} up to {_NATIVE_CHANNELS}"
+    if max(weight.shape[2:]) > _NATIVE_TAPS:
+        return f"a filter of {tuple(weight.shape[2:])}; native are up to {_NATIVE_TAPS} taps"
+    if max(stride) > 2:
+        return f"stride={tuple(stride)}; native are 1 and 2"
+    if min(padding) < 0:
+        return f"padding={tuple(padding)}"
+    return None
+
+
+def conv_fprop(
+    x: Tensor,
+    coefficients: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """``(y, statistics)`` of a native convolution of ``x``, or with ``coefficients`` of ``relu(scale*x + shift)``.
+
+    Args:
+        x: ``[N, C, H, W]`` channels_last, bfloat16 or float16. Padding is zero behind the ReLU.
+        coefficients: ``[4, C]`` float32.
+        weight: ``[K, C, R, S]`` of x's dtype.
+        bias: ``[K]`` float32.
+
+    Returns:
+        y ``[N, K, P, Q]`` channels_last, and the stored y's statistics ``[tiles, 3, K]`` for :func:`bn_finalize`.
+    """
+    return _ops.conv_fprop(x, coefficients, weight, bias, stride, padding, dilation)
+
+
+def conv_fprop_inference(
+    x: Tensor,
+    coefficients: Tensor | None,
+    weight: Tensor,
+    affine: Tensor,
+    shortcut: Tensor | None,
+    relu: bool,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """``relu(scale*conv(x) + shift + shortcut)``, with ``affine`` ``[4, K]``; the rest as in :func:`conv_fprop`."""
+    return _ops.conv_fprop_inference(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation)
+
+
+def conv_dgrad(
+    grad: Tensor,
+    y: Tensor | None,
+    backward_coefficients: Tensor | None,
+    weight: Tensor,
+    input_plane: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    addend: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    mask_coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(dx, sums)``: a native convolution's gradient with respect to its input of plane ``input_plane`` (H, W).
+
+    The output's gradient is ``grad``, or ``a*grad + b*y + c`` with ``y`` and ``backward_coefficients`` ``[5, K]``.
+    ``addend`` is added to dx. With ``mask_y`` and ``mask_coefficients`` ``[4, C]``, dx is stopped where
+    ``scale*mask_y + shift`` is not positive, and ``sums`` ``[tiles, 2, C]`` are those of :func:`bn_backward_reduce` over
+    what is left; else sums are empty.
+    """
+    return _ops.conv_dgrad(
+        grad,
+        y,
+        backward_coefficients,
+        weight,
+        input_plane,
+        stride,
+        padding,
+        dilation,
+        addend,
+        mask_y,
+        mask_coefficients,
+    )
+
+
+def conv_wgrad(
+    grad: Tensor,
+    y: Tensor | None,
+    backward_coefficients: Tensor | None,
+    x: Tensor,
+    coefficients: Tensor | None,
+    filter: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """A native convolution's gradient with respect to its weight, ``[K, C, *filter]`` channels_last.
+
+    The output's gradient as in :func:`conv_dgrad`, the input as in :func:`conv_fprop`; ``dtype`` is float32 or x's.
+    Sums are float32 and in a fixed order.
+    """
+    return _ops.conv_wgrad(
+        grad, y, backward_coefficients, x, coefficients, filter, stride, padding, dilation, dtype
+    )
 
 
 def has_fused_convolution() -> bool:
@@ -365,6 +500,58 @@ def _(statistics, weight, bias, running_mean, running_var, num_batches_tracked, 
 @torch.library.register_fake("resnet_fused::bn_coefficients")
 def _(running_mean, running_var, weight, bias, eps, acc_dtype):
     return running_mean.new_empty(4, running_mean.shape[0], dtype=acc_dtype)
+
+
+def _empty_conv_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
+    plane = [
+        (size + 2 * p - d * (r - 1) - 1) // s + 1
+        for size, r, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], weight.shape[0], *plane)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("resnet_fused::conv_fprop")
+def _(x, coefficients, weight, bias, stride, padding, dilation):
+    y = _empty_conv_output(x, weight, stride, padding, dilation)
+    tiles = _C.conv_tiles("fprop", *_conv_shape(x.shape, weight.shape, stride, padding, dilation))
+    return y, x.new_empty((tiles, 3, weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("resnet_fused::conv_fprop_inference")
+def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation):
+    return _empty_conv_output(x, weight, stride, padding, dilation)
+
+
+def _conv_shape(x, weight, stride, padding, dilation) -> tuple[list[int], ...]:
+    return tuple([int(v) for v in values] for values in (x, weight, stride, padding, dilation))
+
+
+@torch.library.register_fake("resnet_fused::conv_dgrad")
+def _(
+    grad,
+    y,
+    backward_coefficients,
+    weight,
+    input_plane,
+    stride,
+    padding,
+    dilation,
+    addend,
+    mask_y,
+    mask_coefficients,
+):
+    shape = (grad.shape[0], weight.shape[1], *input_plane)
+    tiles = 0
+    if mask_y is not None:
+        tiles = _C.conv_tiles("dgrad", *_conv_shape(shape, weight.shape, stride, padding, dilation))
+    dx = grad.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    return dx, grad.new_empty((tiles, 2, weight.shape[1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("resnet_fused::conv_wgrad")
+def _(grad, y, backward_coefficients, x, coefficients, filter, stride, padding, dilation, dtype):
+    dw = x.new_empty((grad.shape[1], x.shape[1], *filter), dtype=dtype)
+    return dw.contiguous(memory_format=torch.channels_last)
 
 
 def _empty_dense(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@
 #include "../conv_params.h"
 #include "backends.h"
 #include "checks.h"
+#include "conv_ops.h"
 
 namespace resnet_fused {
 namespace {
@@ -25,8 +26,8 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kChannelMultiple = 8;  // 16 bytes
-constexpr int64_t kMostChannels = 4096;  // the prologue's tables have to fit into shared memory
-constexpr int64_t kMostTaps = 16;        // per dimension
+constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
+constexpr int64_t kMostTaps = 7;         // per dimension
 
 // channels_last and aligned to the kernels' 16-byte accesses, copied if need be.
 Tensor conform(const Tensor& t) {
@@ -258,6 +259,15 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
 #endif  // RESNET_FUSED_WITH_CUDA
 
 }  // namespace
+
+#ifdef RESNET_FUSED_WITH_CUDA
+int64_t conv_tiles(const std::string& pass, IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding,
+                   IntArrayRef dilation) {
+  TORCH_CHECK_VALUE(pass == "fprop" || pass == "dgrad", "pass: expected 'fprop' or 'dgrad', got '", pass, "'");
+  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
+  return pass == "fprop" ? backend().fprop_tiles(shape) : backend().dgrad_tiles(shape);
+}
+#endif
 
 #ifdef RESNET_FUSED_WITH_CUDA
 TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) {

@@ -4,14 +4,17 @@
 // The Python module _C: what is not an operator.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "../cpu/memory_pool.h"
 #include "backends.h"
+#include "conv_ops.h"
 
 #ifndef RESNET_FUSED_VERSION
 #define RESNET_FUSED_VERSION "unknown"
@@ -63,6 +66,13 @@ struct PoolingContext {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("reduction_tiles", &reduction_tiles);
+#ifdef RESNET_FUSED_WITH_CUDA
+  using Sizes = std::vector<int64_t>;
+  m.def("conv_tiles", [](const std::string& pass, const Sizes& x, const Sizes& weight, const Sizes& stride,
+                         const Sizes& padding, const Sizes& dilation) {
+    return resnet_fused::conv_tiles(pass, x, weight, stride, padding, dilation);
+  });
+#endif
   m.def("memory_pool_state", &memory_pool_state);
   m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);
   py::class_<PoolingContext>(m, "Pooling")

@@ -52,6 +52,7 @@ class MemoryPool final : public c10::Allocator {
   void empty() {
     const std::lock_guard lock(mutex_);
     release(0, allocations_);
+    peak_ = in_use_;
   }
 
   static MemoryPool& instance() {

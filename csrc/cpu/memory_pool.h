@@ -26,7 +26,7 @@ struct PoolState {
 };
 PoolState memory_pool_state();
 
-// Gives every waiting block back to the system.
+// Gives every waiting block back to the system, and forgets how much was in use together.
 void empty_memory_pool();
 
 // While one lives, tensors that PyTorch's own operators allocate on this thread come from the pool too: the outputs

@@ -12,6 +12,8 @@ namespace resnet_fused::cuda {
 namespace {
 
 constexpr int kLanes = 16;
+// At least, per multiprocessor: without the bound ptxas spills to reach more.
+constexpr int kBlocks = 1;
 
 __device__ double load(const ChannelVector& v, int64_t i) {
   switch (v.dtype) {
@@ -56,7 +58,7 @@ __device__ void write_coefficients(Acc* coefficients, int64_t channels, int64_t 
 __global__ void increment(int64_t* counter) { ++*counter; }
 
 template <class Acc>
-__global__ void __launch_bounds__(kLanes* kWarpThreads) finalize_channels(const FinalizeParams p) {
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) finalize_channels(const FinalizeParams p) {
   const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
   Moments<Acc> total{0, 0, 0};
   if (c < p.channels) {
@@ -98,7 +100,7 @@ __global__ void frozen_coefficients(const CoefficientsParams p) {
 // a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M (Ioffe & Szegedy 2015, section 3,
 // solved for dy).
 template <class Acc>
-__global__ void __launch_bounds__(kLanes* kWarpThreads) backward_finalize_channels(const BackwardFinalizeParams p) {
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) backward_finalize_channels(const BackwardFinalizeParams p) {
   const int64_t channel = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
   Sum<double> grad{0}, product{0};
   if (channel < p.channels) {

@@ -10,6 +10,8 @@ namespace resnet_fused::cuda {
 namespace {
 
 constexpr int kHeld = 8;  // vectors in a thread's registers
+// At least, per multiprocessor: without the bound ptxas spills to reach more.
+constexpr int kBlocks = 2;
 
 // Merges `valid` values of each of kWidth channels, held in `raw`, into the moments. kFull: valid is kHeld, and the
 // compiler knows.
@@ -61,7 +63,7 @@ __device__ void write_moments(Acc* statistics, int64_t tile, int64_t channels, i
 
 // channels_last. Block (x, y): x vectors of channels, y rows at a time; grid: channels, tiles.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     statistics_rows(const typename T::Value* __restrict__ y, typename T::Acc* __restrict__ statistics, int64_t rows,
                     int64_t channels) {
   using Acc = typename T::Acc;
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Contiguous: a block takes the range of vectors that is its tile of one channel, plane after plane.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     statistics_planes(const typename T::Value* __restrict__ y, typename T::Acc* __restrict__ statistics,
                       const Extent extent) {
   using Acc = typename T::Acc;

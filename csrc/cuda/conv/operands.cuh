@@ -16,16 +16,19 @@ namespace resnet_fused::cuda {
 // ---- prologues -------------------------------------------------------------------------------------------------
 
 // Per-channel tables in shared memory. The two halves of every eight channels lie apart, so that threads on
-// neighbouring chunks read neighbouring 16 bytes.
+// neighbouring chunks read neighbouring 16 bytes; half a round of banks apart, so that a fill meets no bank twice.
 class ChannelTables {
  public:
-  static int bytes(int tables, int channels) { return tables * channels * static_cast<int>(sizeof(float)); }
+  static constexpr int floats(int tables, int channels) { return tables * 2 * half(channels); }
+  static constexpr int bytes(int tables, int channels) {
+    return floats(tables, channels) * static_cast<int>(sizeof(float));
+  }
 
-  __device__ ChannelTables(float* shared, int channels) : shared_(shared), half_(channels / 2) {}
+  __device__ ChannelTables(float* shared, int channels) : shared_(shared), half_(half(channels)), channels_(channels) {}
 
   // Every thread of the block has to call it; followed by a barrier before the tables are read.
   __device__ void fill(int table, const float* source) {
-    for (int c = threadIdx.x; c < 2 * half_; c += blockDim.x) *at(table, c) = source[c];
+    for (int c = threadIdx.x; c < channels_; c += blockDim.x) *at(table, c) = source[c];
   }
   __device__ void read(int table, int channel, float (&values)[kChunkValues]) const {
 #pragma unroll
@@ -36,12 +39,14 @@ class ChannelTables {
   }
 
  private:
+  static constexpr int half(int channels) { return (channels / 2 + 31) / 32 * 32 + 16; }
+
   __device__ float* at(int table, int c) const {
     return shared_ + table * 2 * half_ + c / 4 % 2 * half_ + c / 8 * 4 + c % 4;
   }
 
   float* shared_;
-  int half_;
+  int half_, channels_;
 };
 
 // The operand as it is in memory.

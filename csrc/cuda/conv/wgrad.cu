@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   extern __shared__ __align__(128) unsigned char shared[];
   const ConvShape& s = p.shape;
   auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
-  ChannelTables tables_a(memory, s.k), tables_b(memory + PrologueA::kTables * s.k, s.c);
+  ChannelTables tables_a(memory, s.k), tables_b(memory + ChannelTables::floats(PrologueA::kTables, s.k), s.c);
   fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k);
   fill_tables<PrologueB>(tables_b, p.coefficients, s.c);
   __syncthreads();
