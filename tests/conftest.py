@@ -30,6 +30,12 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Convolutions of float32 in float32: cuDNN's default is TF32, whose 11 bits would hide what we round ourselves."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Each device with kernels of its own."""

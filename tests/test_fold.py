@@ -39,8 +39,8 @@ FOLDED = {
 
 
 @pytest.mark.parametrize(("make", "size"), FOLDED.values(), ids=FOLDED)
-def test_fold(make, size):
-    model = nontrivial(make())
+def test_fold(device, make, size):
+    model = nontrivial(make()).to(device)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     before_classes = classes(model)
     folded = rf.fold(model)
@@ -50,7 +50,7 @@ def test_fold(make, size):
     norms = nn.modules.batchnorm._NormBase | FrozenBatchNorm2d
     assert not any(isinstance(m, norms) for m in folded.modules())
     assert not any(p.requires_grad for p in folded.parameters())
-    x = torch.randn(size)
+    x = torch.randn(size, device=device)
     # Folding rounds the weights once more, which the policy's floor of 16 roundoffs allows for.
     for other in (folded, rf.unfuse(copy.deepcopy(folded))):
         comparisons = compare_modules(other, copy.deepcopy(model).eval(), x, gradients=False)
@@ -58,10 +58,10 @@ def test_fold(make, size):
     assert rf.fuse(folded).fused
 
 
-def test_fold_of_16_bit_weights_is_computed_in_full_precision():
+def test_fold_of_16_bit_weights_is_computed_in_full_precision(device):
     model = nontrivial(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
     model[1].running_var.mul_(1e-4)  # bfloat16 would lose eps beside it
-    model = model.to(torch.bfloat16)
+    model = model.to(device, torch.bfloat16)
     folded = rf.fold(model)
     assert folded[0].weight.dtype == folded[0].bias.dtype == torch.bfloat16
     exact = rf.fold(copy.deepcopy(model).double())
@@ -69,7 +69,7 @@ def test_fold_of_16_bit_weights_is_computed_in_full_precision():
     assert torch.equal(folded[0].bias, exact[0].bias.to(torch.bfloat16))
 
 
-def test_fold_leaves_what_it_may_not_touch():
+def test_fold_leaves_what_it_may_not_touch(device):
     shared = nn.Conv2d(4, 4, 1)
     model = nn.Sequential(
         nn.Sequential(shared, nn.BatchNorm2d(4)),
@@ -82,32 +82,32 @@ def test_fold_leaves_what_it_may_not_touch():
     model[3][1].register_forward_hook(lambda module, args, output: output + 1)
     leaves = [m for name, m in model.named_modules() if name not in ("2.1", "") and not len(m._modules)]
     nontrivial(nn.ModuleList(leaves))
-    model.eval()
+    model.to(device).eval()
     folded = rf.fold(model)
     assert [type(m[-1]) for m in folded[:4]] == [nn.BatchNorm2d] * 4
     assert type(folded[4][2]) is nn.SyncBatchNorm
     assert type(folded[5][0]) is nn.BatchNorm2d
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 4, 6, 6, device=device)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_fold_with_tied_weights():
+def test_fold_with_tied_weights(device):
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     model[2].weight = model[0].weight
-    nontrivial(model).eval()
+    nontrivial(model).to(device).eval()
     folded = rf.fold(model)
     assert type(folded[1]) is nn.Identity
     assert torch.equal(folded[2].weight, model[2].weight)
-    x = torch.randn(2, 4, 6, 6)
+    x = torch.randn(2, 4, 6, 6, device=device)
     torch.testing.assert_close(folded(x), model(x))
 
 
-def test_fold_of_a_fused_model_and_after_unfusing():
-    eager = nontrivial(LectureNet()).eval()
+def test_fold_of_a_fused_model_and_after_unfusing(device):
+    eager = nontrivial(LectureNet()).to(device).eval()
     fused, _ = fused_copy(eager)
     folded = rf.unfuse(rf.fold(fused))
     assert type(folded.blk1) is ResBlk
-    x = torch.randn(2, 3, 48, 48)
+    x = torch.randn(2, 3, 48, 48, device=device)
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
     assert len(rf.fuse(folded).fused) == 5
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)

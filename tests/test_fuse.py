@@ -18,13 +18,13 @@ from resnet_fused.sequential import FusedUnit
 
 
 @pytest.mark.parametrize("make", OWN_BLOCKS.values(), ids=OWN_BLOCKS)
-def test_own_blocks(make):
-    eager = nontrivial(make())
+def test_own_blocks(device, make):
+    eager = nontrivial(make()).to(device)
     fused, report = fused_copy(eager)
     assert [(e.name, e.status) for e in report.entries] == [("", "fused")]
     assert isinstance(fused, type(eager))
     assert isinstance(fused, rf.ResBlk | rf.BasicBlock | rf.Bottleneck)
-    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8))
+    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8, device=device))
 
 
 @pytest.mark.parametrize("block", [ResBlk, ResBlkOpen])
@@ -35,38 +35,50 @@ def test_last_relu_is_decided_by_the_forward(block):
 
 
 @pytest.mark.parametrize("block", [ResBlk, ResBlkOpen])
-def test_lecture_network(block):
-    eager = nontrivial(LectureNet(block))
+def test_lecture_network(device, block):
+    eager = nontrivial(LectureNet(block)).to(device)
     fused, report = fused_copy(eager)
     assert [e.name for e in report.fused] == ["conv1", "blk1", "blk2", "blk3", "blk4"]
     assert not report.left
-    assert_same_results(fused, eager, torch.randn(3, 3, 48, 48))
+    assert_same_results(fused, eager, torch.randn(3, 3, 48, 48, device=device))
 
 
-def test_lecture_network_channels_last():
+def test_lecture_network_channels_last(device):
     # A channels_last output cannot be viewed as [batch, -1], in eager just as fused; reshape can.
-    eager = nontrivial(nn.Sequential(ResBlk(3, 8), ResBlk(8, 8), nn.Flatten())).to(memory_format=torch.channels_last)
+    eager = nontrivial(nn.Sequential(ResBlk(3, 8), ResBlk(8, 8), nn.Flatten()))
+    eager.to(device, memory_format=torch.channels_last)
     fused, _ = fused_copy(eager)
-    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).to(device, memory_format=torch.channels_last)
     assert fused[0].eval()(x).is_contiguous(memory_format=torch.channels_last)
     assert_same_results(fused, eager, x)
 
 
+NETWORKS = {"resnet18": (64, 9), "resnet50": (64, 17), "vgg19_bn": (32, 1), "vgg19": (32, 1), "alexnet": (64, 1)}
+SLOW_ON_CUDA = {"resnet50", "vgg19_bn", "vgg19"}  # many seconds each where the device is simulated
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "fused_modules"),
-    [("resnet18", 64, 9), ("resnet50", 64, 17), ("vgg19_bn", 32, 1), ("vgg19", 32, 1), ("alexnet", 64, 1)],
+    ("device", "name"),
+    [("cpu", name) for name in NETWORKS]
+    + [
+        pytest.param("cuda", name, marks=[pytest.mark.cuda, *([pytest.mark.slow] if name in SLOW_ON_CUDA else [])])
+        for name in NETWORKS
+    ],
+    indirect=["device"],
 )
-def test_torchvision_networks(name, size, fused_modules):
+def test_torchvision_networks(device, name):
+    size, fused_modules = NETWORKS[name]
     eager = nontrivial(getattr(torchvision.models, name)(num_classes=10))
     for module in eager.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # so that both runs in training see the same network
-    if name.startswith("vgg"):  # seven times seven average pooling of one pixel: 400 MB of equal weights
-        eager.avgpool, eager.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 10)
-    fused, report = fused_copy(eager)
+    if not name.startswith("resnet"):  # six or seven pixels squared from average pooling one: 200 MB and more of weights
+        channels = [m for m in eager.features if isinstance(m, nn.Conv2d)][-1].out_channels
+        eager.avgpool, eager.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(channels, 10)
+    fused, report = fused_copy(eager.to(device))
     assert len(report.fused) == fused_modules
     assert not report.left
-    assert_same_results(fused, eager, torch.randn(2, 3, size, size))
+    assert_same_results(fused, eager, torch.randn(2, 3, size, size, device=device))
 
 
 def test_sequences_name_what_is_fused():
@@ -101,21 +113,21 @@ def test_other_torchvision_families():
     ],
     ids=["inception", "mobilenet", "densenet", "regnet"],
 )
-def test_other_families_compute_the_same(model):
-    eager = nontrivial(copy.deepcopy(model))
+def test_other_families_compute_the_same(device, model):
+    eager = nontrivial(copy.deepcopy(model)).to(device)
     fused, report = fused_copy(eager)
     assert report.fused
     channels = next(m for m in eager.modules() if isinstance(m, nn.Conv2d)).in_channels
-    assert_same_results(fused, eager, torch.randn(2, channels, 32, 32))
+    assert_same_results(fused, eager, torch.randn(2, channels, 32, 32, device=device))
 
 
-def test_frozen_batch_norm_backbone():
+def test_frozen_batch_norm_backbone(device):
     network = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     eager = nontrivial(torchvision.models._utils.IntermediateLayerGetter(network, {"layer2": "a", "layer4": "b"}))
-    fused, report = fused_copy(eager)
+    fused, report = fused_copy(eager.to(device))
     assert len(report.fused) == 8
     assert [e.name for e in report.left] == [""]  # the stem, which the getter runs child by child
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 64, 64, device=device)
     for key, value in eager(x).items():
         torch.testing.assert_close(fused(x)[key], value, rtol=1e-4, atol=1e-4)
 

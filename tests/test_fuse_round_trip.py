@@ -40,8 +40,8 @@ ROUND_TRIPS = {
 
 
 @pytest.mark.parametrize("make", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
-def test_fuse_and_unfuse_keep_everything(make):
-    model = make()
+def test_fuse_and_unfuse_keep_everything(device, make):
+    model = make().to(device)
     model.train()
     batch_norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     batch_norm.eval()
@@ -81,8 +81,8 @@ def test_fusing_twice_changes_nothing(make):
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
 @pytest.mark.parametrize("make", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
-def test_copies_stay_fused(make, duplicate):
-    model = make().eval()
+def test_copies_stay_fused(device, make, duplicate):
+    model = make().to(device).eval()
     original = classes(model)
     rf.fuse(model)
     twin = duplicate(model)
@@ -92,11 +92,11 @@ def test_copies_stay_fused(make, duplicate):
     assert classes(rf.unfuse(twin)) == original
 
 
-def test_torch_save(tmp_path):
-    model, _ = fused_copy(LectureNet().eval())
+def test_torch_save(device, tmp_path):
+    model, _ = fused_copy(LectureNet().to(device).eval())
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    x = torch.randn(1, 3, 48, 48)
+    x = torch.randn(1, 3, 48, 48, device=device)
     assert classes(loaded) == classes(model)
     assert torch.equal(loaded(x), model(x))
 
@@ -146,14 +146,14 @@ HOOKED_AFTERWARDS = {
 @pytest.mark.parametrize(
     ("make", "child"), [(make, child) for make, children in HOOKED_AFTERWARDS.values() for child in children]
 )
-def test_hooks_added_afterwards_to_children_take_effect(make, child):
-    eager = nontrivial(make())
+def test_hooks_added_afterwards_to_children_take_effect(device, make, child):
+    eager = nontrivial(make()).to(device)
     fused, report = fused_copy(eager)
     assert report.fused
     for model in (eager, fused):
         model.get_submodule(child).register_forward_hook(lambda module, args, output: output * 1.5)
     size = (2, 3, 32, 32) if hasattr(eager, "fc") else (2, 8, 8, 8)
-    assert_same_results(fused, eager, torch.randn(size))
+    assert_same_results(fused, eager, torch.randn(size, device=device))
 
 
 @pytest.mark.parametrize(
@@ -170,11 +170,11 @@ def test_hooks_added_afterwards_to_children_take_effect(make, child):
         (lambda: ConvBNRelu(8, 8), "act", nn.Hardswish()),
     ],
 )
-def test_children_replaced_afterwards_take_effect(make, child, replacement):
-    eager = nontrivial(make())
+def test_children_replaced_afterwards_take_effect(device, make, child, replacement):
+    eager = nontrivial(make()).to(device)
     fused, report = fused_copy(eager)
     assert report.fused
     for model in (eager, fused):
         owner, _, name = child.rpartition(".")
-        setattr(model.get_submodule(owner), name, copy.deepcopy(replacement))
-    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8))
+        setattr(model.get_submodule(owner), name, copy.deepcopy(replacement).to(device))
+    assert_same_results(fused, eager, torch.randn(2, 8, 8, 8, device=device))

@@ -14,12 +14,12 @@ from user_models import ConvBNRelu, ReluModules, assert_same_results, fused_copy
 import resnet_fused as rf
 
 
-def test_sequence_runs():
-    eager = nontrivial(sequence())
+def test_sequence_runs(device):
+    eager = nontrivial(sequence()).to(device)
     fused, report = fused_copy(eager)
     assert type(fused) is rf.FusedSequential
     assert [e.reason for e in report.entries] == ["1 conv+bn+relu, 1 conv+relu, 1 bn+relu, 1 conv+bn"]
-    assert_same_results(fused, eager, torch.randn(2, 3, 16, 16))
+    assert_same_results(fused, eager, torch.randn(2, 3, 16, 16, device=device))
 
 
 def test_sequence_is_a_container():
@@ -52,20 +52,20 @@ def test_torchvision_sequence_subclass_keeps_its_type():
     assert type(model) is Conv2dNormActivation
 
 
-def test_unbatched_input():
-    eager = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+def test_unbatched_input(device):
+    eager = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(device)
     fused, _ = fused_copy(eager)
-    x = torch.randn(3, 8, 8)
+    x = torch.randn(3, 8, 8, device=device)
     torch.testing.assert_close(fused(x), eager(x))
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_hook_on_a_child_of_a_fused_sequence_fires(position):
-    eager = nontrivial(sequence()[:3])
+def test_hook_on_a_child_of_a_fused_sequence_fires(device, position):
+    eager = nontrivial(sequence()[:3]).to(device)
     fused, _ = fused_copy(eager)
     for model in (eager, fused):
         model[position].register_forward_hook(lambda module, args, output: output * 2)
-    assert_same_results(fused, eager, torch.randn(2, 3, 8, 8))
+    assert_same_results(fused, eager, torch.randn(2, 3, 8, 8, device=device))
 
 
 def test_global_hooks_see_every_module():

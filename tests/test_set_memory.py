@@ -14,13 +14,13 @@ from user_models import ConvBNRelu, LectureNet, assert_same_results, fused_copy,
 import resnet_fused as rf
 
 
-def test_set_memory():
+def test_set_memory(device):
     eager = nn.Sequential(LectureNet().conv1, ResBlk(8, 8), BasicBlock(8, 8), ConvBNRelu(8, 4), rf.ResBlk(4, 4))
-    fused, _ = fused_copy(nontrivial(eager))
+    fused, _ = fused_copy(nontrivial(eager).to(device))
     assert all(m.memory == "default" for m in fused)
     assert rf.set_memory(fused, "minimal") == 5
     assert all(m.memory == "minimal" for m in fused)
-    assert_same_results(fused, eager, torch.randn(2, 3, 24, 24))
+    assert_same_results(fused, eager, torch.randn(2, 3, 24, 24, device=device))
     assert copy.deepcopy(fused)[1].memory == "minimal"
     rf.set_memory(fused, "default")
     assert all(m.memory == "default" for m in fused)

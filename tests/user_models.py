@@ -176,15 +176,16 @@ def fused_copy(model):
     return fused, rf.fuse(fused)
 
 
-def assert_same_results(fused, eager, x, training=(False, True)):
+def assert_same_results(fused, eager, x, training=(False, True), autocast=None):
     """The policy; a gradient may take several inputs, see assert_policy in test_modules.py for why."""
     for mode in training:
-        comparisons = compare_modules(fused.train(mode), eager.train(mode), x)
+        comparisons = compare_modules(fused.train(mode), eager.train(mode), x, autocast=autocast)
         assert_passed([c for c in comparisons if not c.name.startswith("gradient")])
         failed = {c.name for c in comparisons if not c.passed}
         for _ in range(5):
             if failed:
-                again = compare_modules(fused, eager, torch.empty_like(x).copy_(torch.randn(x.shape)))
+                other = torch.empty_like(x).copy_(torch.randn(x.shape))
+                again = compare_modules(fused, eager, other, autocast=autocast)
                 failed -= {c.name for c in again if c.passed}
         assert not failed, f"outside the policy on every input: {sorted(failed)}"
 
