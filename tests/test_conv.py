@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The native convolutions: every pass, prologue and epilogue alone against float64 on the CPU, and whole blocks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_modules import PAIRS, assert_policy
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused import ops
+from resnet_fused.testing import FLOORS, compare_modules, errors
+
+OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(OLD, reason="native convolutions need compute capability 8.0"),
+]
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+# (N, C, H, W, K, filter, stride, padding, dilation)
+GEOMETRIES = {
+    "1x1": (2, 64, 14, 14, 64, 1, 1, 0, 1),
+    "1x1_stride": (2, 40, 8, 8, 72, 1, 2, 0, 1),
+    "3x3": (2, 16, 9, 7, 24, 3, 1, 1, 1),
+    "3x3_one_image": (1, 128, 14, 13, 128, 3, 1, 1, 1),
+    "3x3_stride": (1, 64, 13, 9, 136, 3, 2, 1, 1),
+    "3x3_stride_even": (3, 8, 8, 10, 8, 3, 2, 1, 1),
+    "3x3_dilated": (3, 72, 7, 7, 64, 3, 1, 2, 2),
+    "3x3_stride_dilated": (2, 32, 12, 12, 32, 3, 2, 2, 2),
+    "3x3_no_padding": (2, 24, 6, 5, 8, 3, 1, 0, 1),
+    "3x3_one_pixel": (4, 16, 1, 1, 16, 3, 1, 1, 1),
+    "stem_7x7": (1, 8, 15, 15, 16, 7, 2, 3, 1),
+    "5x1": (2, 8, 9, 9, 16, (5, 1), (1, 2), (2, 0), (1, 1)),
+    "wide_to_narrow": (2, 2048, 2, 2, 8, 1, 1, 0, 1),
+    "narrow_to_wide": (2, 8, 2, 2, 2048, 1, 1, 0, 1),
+    "tile_128x64": (2, 8, 96, 96, 64, 1, 1, 0, 1),
+    "tile_128x128": (2, 16, 96, 96, 136, 3, 1, 1, 1),
+    "tile_128x128_of_dgrad": (2, 136, 96, 96, 16, 1, 1, 0, 1),
+    "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
+}
+
+
+def two(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+class Case:
+    """The tensors of one convolution, on the CPU, and what float64 makes of them."""
+
+    def __init__(self, geometry, dtype, prologue):
+        n, c, h, w, k, taps, *rest = geometry
+        self.filter, self.geometry = two(taps), tuple(two(v) for v in rest)
+        self.dtype, self.prologue = dtype, prologue
+        self.x = self.channels_last(torch.randn(n, c, h, w))
+        fan_in = c * self.filter[0] * self.filter[1]
+        self.weight = (torch.randn(k, c, *self.filter) / fan_in**0.5).to(dtype)
+        self.bias = torch.randn(k)
+        self.coefficients = self.table(4, c)
+        self.backward_coefficients = self.table(5, k) / 64  # sums over many pixels stay within float16
+        activation = self.x.double()
+        if prologue:
+            activation = self.affine(activation, self.coefficients).relu().to(dtype).double()
+        self.activation = activation
+        self.exact = F.conv2d(activation, self.weight.double(), None, *self.geometry)
+        self.y, self.grad = (self.channels_last(torch.randn(self.exact.shape)) for _ in range(2))
+        g = self.grad.double()
+        if prologue:
+            a, b, shift = (v.double().view(1, -1, 1, 1) for v in self.backward_coefficients[2:])
+            g = (a * g + b * self.y.double() + shift).to(dtype).double()
+        self.output_gradient = g
+
+    def channels_last(self, t):
+        return t.to(self.dtype).to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def table(rows, channels):
+        table = torch.rand(rows, channels) + 0.5
+        table[3:] = torch.randn(rows - 3, channels)
+        return table
+
+    @staticmethod
+    def affine(t, table):
+        scale, shift = (v.double().view(1, -1, 1, 1) for v in table[2:4])
+        return t.double() * scale + shift
+
+    def fprop_arguments(self):
+        return self.x.cuda(), self.coefficients.cuda() if self.prologue else None, self.weight.cuda()
+
+    def gradient_arguments(self):
+        if not self.prologue:
+            return self.grad.cuda(), None, None
+        return self.grad.cuda(), self.y.cuda(), self.backward_coefficients.cuda()
+
+
+def assert_near(actual, expected, dtype):
+    """Within one rounding of ``dtype``, relative to the largest value."""
+    e = errors(actual, expected)
+    assert e.maximum <= FLOORS[dtype] and e.two_norm <= FLOORS[dtype], e
+
+
+@pytest.fixture(params=GEOMETRIES)
+def geometry(request):
+    return GEOMETRIES[request.param]
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fprop(geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue)
+    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.cuda(), *case.geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_near(y, case.exact + case.bias.double().view(1, -1, 1, 1), dtype)
+    # The statistics are those of the stored output.
+    count, mean, m2 = statistics.cpu().double().unbind(1)
+    stored = y.cpu().double()
+    total = count.sum(0)
+    assert torch.equal(total, torch.full_like(total, stored.numel() // stored.shape[1]))
+    whole = (count * mean).sum(0) / total
+    assert_near(whole, stored.mean((0, 2, 3)), torch.float32)
+    deviations = stored - stored.mean((0, 2, 3), keepdim=True)
+    assert errors((m2 + count * (mean - whole).square()).sum(0), deviations.square().sum((0, 2, 3))).maximum < 1e-5
+
+
+@pytest.mark.parametrize("epilogue", ["affine", "relu", "shortcut"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fprop_of_inference(geometry, dtype, epilogue):
+    case = Case(geometry, dtype, prologue=epilogue == "affine")
+    affine = case.table(4, case.exact.shape[1])
+    shortcut = case.channels_last(torch.randn(case.exact.shape)) if epilogue == "shortcut" else None
+    relu = epilogue != "affine"
+    z = ops.conv_fprop_inference(
+        *case.fprop_arguments(),
+        affine.cuda(),
+        None if shortcut is None else shortcut.cuda(),
+        relu,
+        *case.geometry,
+    )
+    expected = case.affine(case.exact, affine)
+    if shortcut is not None:
+        expected = expected + shortcut.double()
+    assert_near(z, expected.relu() if relu else expected, dtype)
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dgrad(geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue)
+    plane = tuple(case.x.shape[2:])
+    weight = case.weight.double()
+    exact = nn.grad.conv2d_input(case.x.shape, weight, case.output_gradient, *case.geometry)
+    arguments = (*case.gradient_arguments(), case.weight.cuda(), plane, *case.geometry)
+
+    dx, sums = ops.conv_dgrad(*arguments)
+    assert sums.shape[0] == 0
+    assert_near(dx, exact, dtype)
+
+    addend = case.channels_last(torch.randn(case.x.shape))
+    dx, _ = ops.conv_dgrad(*arguments, addend.cuda())
+    assert_near(dx, exact + addend.double(), dtype)
+
+    table = case.coefficients
+    masked, sums = ops.conv_dgrad(*arguments, addend.cuda(), case.x.cuda(), table.cuda())
+    passes = ops.bn_apply(case.x.cuda(), table.cuda(), relu=True).cpu() > 0
+    assert torch.equal(masked.cpu(), torch.where(passes, dx.cpu(), 0))
+    stored = masked.cpu().double()
+    centred = case.x.double() - table[0].double().view(1, -1, 1, 1)
+    expected = torch.stack((stored.sum((0, 2, 3)), (stored * centred).sum((0, 2, 3))))
+    terms = torch.stack((stored.abs().sum((0, 2, 3)), (stored * centred).abs().sum((0, 2, 3)))).max()
+    assert (sums.cpu().double().sum(0) - expected).abs().max() <= 1e-6 * terms
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wgrad(geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue)
+    shape = case.weight.shape
+    exact = nn.grad.conv2d_weight(case.activation, shape, case.output_gradient, *case.geometry)
+    x, coefficients, _ = case.fprop_arguments()
+    for out in (torch.float32, dtype):
+        dw = ops.conv_wgrad(
+            *case.gradient_arguments(), x, coefficients, case.filter, *case.geometry, out
+        )
+        assert dw.dtype == out
+        e = errors(dw, exact)
+        assert e.maximum <= (1e-5 if out == torch.float32 else FLOORS[dtype]), e
+
+
+def test_padding_is_zero_behind_the_prologue():
+    """relu(shift) is not zero; what lies outside the image is."""
+    x = torch.zeros(1, 16, 5, 6, dtype=torch.float16, device="cuda").to(memory_format=torch.channels_last)
+    table = torch.zeros(4, 16, device="cuda")
+    table[3] = 3
+    weight = torch.ones(8, 16, 3, 3, dtype=torch.float16, device="cuda")
+    y, _ = ops.conv_fprop(x, table, weight, None, (1, 1), (1, 1), (1, 1))
+    assert torch.equal(y.cpu(), F.conv2d(torch.full((1, 16, 5, 6), 3.0), torch.ones(8, 16, 3, 3), padding=1).half())
+
+
+def test_special_values():
+    """NaN and infinity pass the prologue as they pass eager's batch norm and ReLU."""
+    case = Case(GEOMETRIES["3x3"], torch.bfloat16, prologue=True)
+    case.x[0, 3, 2, 2], case.x[1, 5, 4, 4] = float("nan"), float("inf")
+    y, _ = ops.conv_fprop(*case.fprop_arguments(), None, *case.geometry)
+    activation = ops.bn_apply(case.x.cuda(), case.coefficients.cuda(), relu=True)
+    expected = F.conv2d(activation.float().cpu(), case.weight.float(), None, *case.geometry)
+    assert expected.isnan().any()
+    assert torch.equal(y.cpu().isnan(), expected.isnan())
+
+
+def test_statistics_with_large_mean():
+    case = Case(GEOMETRIES["1x1"], torch.float16, prologue=False)
+    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.cuda() + 1000, *case.geometry)
+    coefficients = ops.bn_finalize(statistics, None, None, None, None, None, 0.1, 0.0)
+    stored = y.cpu().double()
+    assert errors(coefficients[0], stored.mean((0, 2, 3))).maximum < 1e-6
+    assert errors(coefficients[1], stored.var((0, 2, 3), unbiased=False).rsqrt()).maximum < 1e-4
+
+
+@pytest.mark.parametrize("name", ["3x3", "1x1_stride"])
+def test_layouts_and_alignment(name):
+    """Weights in either memory format, operands that start in the middle of a vector: copied, not misread."""
+    case = Case(GEOMETRIES[name], torch.float16, prologue=True)
+    x, coefficients, weight = case.fprop_arguments()
+    y, _ = ops.conv_fprop(x, coefficients, weight, None, *case.geometry)
+    buffer = torch.full((x.numel() + 8,), float("nan"), dtype=x.dtype, device="cuda")
+    shifted = buffer.as_strided(x.shape, x.stride(), 1).copy_(x)
+    other = weight.to(memory_format=torch.channels_last)
+    for a, b in ((x, other), (shifted, weight), (x.contiguous(), weight)):
+        assert torch.equal(ops.conv_fprop(a, coefficients, b, None, *case.geometry)[0], y)
+
+
+@pytest.mark.parametrize("name", ["3x3_stride", "many_splits"])
+def test_the_same_bits_every_time(name):
+    case = Case(GEOMETRIES[name], torch.bfloat16, prologue=True)
+    x, coefficients, weight = case.fprop_arguments()
+    plane = tuple(x.shape[2:])
+
+    def run():
+        gradient = case.gradient_arguments()
+        return (
+            *ops.conv_fprop(x, coefficients, weight, None, *case.geometry),
+            *ops.conv_dgrad(*gradient, weight, plane, *case.geometry, None, x, case.coefficients.cuda()),
+            ops.conv_wgrad(*gradient, x, coefficients, case.filter, *case.geometry, torch.float32),
+        )
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_no_images():
+    x = torch.empty(0, 16, 5, 5, dtype=torch.float16, device="cuda")
+    weight = torch.ones(8, 16, 3, 3, dtype=torch.float16, device="cuda")
+    geometry = ((1, 1), (1, 1), (1, 1))
+    y, _ = ops.conv_fprop(x, None, weight, None, *geometry)
+    assert y.shape == (0, 8, 5, 5)
+    assert ops.conv_dgrad(y, None, None, weight, (5, 5), *geometry)[0].shape == x.shape
+    dw = ops.conv_wgrad(y, None, None, x, None, (3, 3), *geometry, torch.float32)
+    assert dw.shape == weight.shape and not dw.any()
+
+
+SAMPLES = {
+    "conv_fprop": lambda c, g: (*c.fprop_arguments(), c.bias.cuda(), *g),
+    "conv_fprop_inference": lambda c, g: (
+        *c.fprop_arguments(),
+        c.table(4, c.exact.shape[1]).cuda(),
+        c.y.cuda(),
+        True,
+        *g,
+    ),
+    "conv_dgrad": lambda c, g: (
+        *c.gradient_arguments(),
+        c.weight.cuda(),
+        tuple(c.x.shape[2:]),
+        *g,
+        None,
+        c.x.cuda(),
+        c.coefficients.cuda(),
+    ),
+    "conv_wgrad": lambda c, g: (
+        *c.gradient_arguments(),
+        c.x.cuda(),
+        c.coefficients.cuda(),
+        c.filter,
+        *g,
+        torch.float32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    case = Case(GEOMETRIES["3x3_stride"], torch.float16, prologue=True)
+    torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, SAMPLES[name](case, case.geometry))
+
+
+ONE = ((1, 1), (0, 0), (1, 1))
+
+
+def half(*shape):
+    return torch.ones(shape, dtype=torch.float16, device="cuda")
+
+
+def fprop(x, weight):
+    return ops.conv_fprop(x, None, weight, None, *ONE)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: fprop(half(1, 12, 4, 4), half(8, 12, 1, 1)), ValueError, "x: expected a multiple of 8 channels"),
+        (lambda: fprop(half(1, 8, 4, 4), half(4, 8, 1, 1)), ValueError, "weight: expected a multiple of 8 output"),
+        (lambda: fprop(half(1, 8, 4, 4), half(8, 16, 1, 1)), ValueError, r"weight: expected shape \[K, 8, R, S\]"),
+        (lambda: fprop(half(1, 8, 4, 4).float(), half(8, 8, 1, 1)), TypeError, "x: expected bfloat16 or float16"),
+        (
+            lambda: ops.conv_fprop(half(1, 8, 4, 4), None, half(8, 8, 1, 1).bfloat16(), None, *ONE),
+            TypeError,
+            "weight: expected the dtype of x",
+        ),
+        (
+            lambda: ops.conv_fprop(half(1, 8, 4, 4), None, half(8, 8, 1, 1), None, (3, 1), (0, 0), (1, 1)),
+            ValueError,
+            r"stride: expected two integers in \[1, 2\]",
+        ),
+        (
+            lambda: ops.conv_fprop(half(1, 8, 2, 2), None, half(8, 8, 3, 3), None, *ONE),
+            ValueError,
+            "x: expected a plane of at least the filter's extent",
+        ),
+        (
+            lambda: ops.conv_fprop(half(1, 8, 4, 4), half(4, 8), half(8, 8, 1, 1), None, *ONE),
+            TypeError,
+            "coefficients: expected dtype Float",
+        ),
+        (
+            lambda: ops.conv_dgrad(half(1, 8, 4, 4), half(1, 8, 4, 4), None, half(8, 8, 1, 1), (4, 4), *ONE),
+            ValueError,
+            "y, backward_coefficients: expected both or neither",
+        ),
+        (
+            lambda: ops.conv_dgrad(half(1, 8, 4, 4), None, None, half(8, 8, 1, 1), (5, 4), *ONE),
+            ValueError,
+            "grad: expected shape",
+        ),
+        (
+            lambda: ops.conv_wgrad(half(1, 8, 4, 4), None, None, half(1, 8, 4, 4), None, (1, 1), *ONE, torch.float64),
+            TypeError,
+            "dtype: expected float32 or x's",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def launches(call):
+    """The names of the kernels that ``call`` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {e.key for e in profile.key_averages()}
+
+
+@pytest.mark.parametrize("memory", ["default", "minimal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_blocks(name, training, dtype, memory):
+    """Also where only some of a block's convolutions are native: grouped ones stay the library's."""
+    channels, build = PAIRS[name]
+    fused, eager = build()
+    fused.memory = memory
+    for m in (fused, eager):
+        m.train(training).to("cuda", dtype, memory_format=torch.channels_last)
+    for gradients in (True, False):
+
+        def compare(gradients=gradients):
+            x = torch.randn(4, channels, 14, 12).to("cuda", dtype, memory_format=torch.channels_last)
+            with rf.engine("native"):
+                return compare_modules(fused, eager, x, gradients=gradients)
+
+        assert_policy(compare, draws=6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_activation_between_native_convolutions(training):
+    block = rf.Bottleneck(32, 8).to("cuda", torch.float16, memory_format=torch.channels_last).train(training)
+    x = torch.randn(2, 32, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+
+    def step():
+        with rf.engine("native"):
+            block(x.requires_grad_(training)).sum().backward() if training else block(x)
+
+    with torch.set_grad_enabled(training):
+        names = launches(step)
+    if training:
+        assert {"resnet_fused::conv_fprop", "resnet_fused::conv_dgrad", "resnet_fused::conv_wgrad"} <= names
+        assert not names & {"resnet_fused::bn_statistics", "resnet_fused::bn_backward_apply_"}
+    else:
+        assert "resnet_fused::conv_fprop_inference" in names and "resnet_fused::bn_apply" not in names
+    assert not {n for n in names if n.startswith("aten::") and "convolution" in n}
+
+
+def test_identity_without_relu_and_frozen_parts():
+    """The paths on which a gradient is added unmasked, or nobody asks for one."""
+    for freeze in ("nothing", "input", "first", "weights"):
+        block = rf.ResBlk(16, 16, relu=False).to("cuda", torch.float16, memory_format=torch.channels_last)
+        for n, p in block.named_parameters():
+            first, weight = n.startswith(("conv1", "bn1")), p.dim() == 4
+            p.requires_grad_(not (freeze == "first" and first or freeze == "weights" and weight))
+        x = torch.randn(3, 16, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+        gradients = []
+        for engine in ("native", "library"):
+            b = copy.deepcopy(block)
+            own = x.clone().requires_grad_(freeze != "input")
+            with rf.engine(engine):
+                b(own).square().sum().backward()
+            gradients.append([own.grad, *(p.grad for p in b.parameters())])
+        for a, b in zip(*gradients, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b.abs().max() > 1e-2:
+                assert errors(a, b.cpu()).two_norm < 2e-2
+
+
+def test_what_is_not_native_says_why():
+    x = half(1, 16, 4, 4).to(memory_format=torch.channels_last)
+    one = ((1, 1), (0, 0), (1, 1), 1)
+    assert ops.native_reason(x, half(8, 16, 1, 1), *one) is None
+    reasons = {
+        "dtype": ops.native_reason(x.float(), half(8, 16, 1, 1), *one),
+        "channels_last": ops.native_reason(x.contiguous(), half(8, 16, 1, 1), *one),
+        "groups=2": ops.native_reason(x, half(8, 8, 1, 1), *one[:3], 2),
+        "multiples of 8": ops.native_reason(x, half(12, 16, 1, 1), *one),
+        "stride=": ops.native_reason(x, half(8, 16, 1, 1), (3, 3), *one[1:]),
+        "taps": ops.native_reason(x, half(8, 16, 9, 9), *one),
+        "device cpu": ops.native_reason(x.cpu(), half(8, 16, 1, 1), *one),
+    }
+    for part, reason in reasons.items():
+        assert reason and part in reason
