@@ -41,3 +41,8 @@ def engine(name: str) -> Iterator[None]:
 def current_engine() -> str:
     """The engine in force: ``"auto"``, ``"library"``, ``"native"`` or ``"reference"``."""
     return _engine.get()
+
+
+def forced(name: str | None) -> contextlib.AbstractContextManager[None]:
+    """:func:`engine` for an ``engine=`` argument: None changes nothing."""
+    return contextlib.nullcontext() if name is None else engine(name)

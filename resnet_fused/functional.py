@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import autograd, reference
-from resnet_fused.engine import current_engine
+from resnet_fused.engine import current_engine, forced
 from resnet_fused.units import DTYPES, Conv, Norm, Unit
 
 __all__ = ["Conv", "Norm", "Unit", "basic_block", "bn_act", "bottleneck", "conv_bn_act", "residual"]
@@ -64,6 +64,7 @@ def residual(
     shortcut: Tensor | Unit | None = None,
     relu: bool = True,
     memory: str = "default",
+    engine: str | None = None,
 ) -> Tensor:
     """A chain of units, ReLU between them, and one join.
 
@@ -75,6 +76,7 @@ def residual(
         relu: whether the join ends in a ReLU.
         memory: ``"default"``: backward keeps the input and each convolution's output; ``"minimal"``: the join's
             operands are recomputed, one more convolution each.
+        engine: as in :func:`resnet_fused.engine`; None leaves it to the context.
 
     Returns:
         ``[N, K, P, Q]`` in ``x``'s dtype, or autocast's.
@@ -118,7 +120,7 @@ def residual(
             raise TypeError(f"shortcut: expected dtype {x.dtype}, got {shortcut.dtype}")
         if shortcut.device != x.device:
             raise ValueError(f"shortcut: expected device {x.device}, got {shortcut.device}")
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), forced(engine):
         if current_engine() == "reference":
             return reference.residual(x, units, shortcut, relu)
         return autograd.residual(x, units, shortcut, relu, memory, cast_weights)
@@ -145,14 +147,17 @@ def conv_bn_act(
     relu: bool = True,
     shortcut: Tensor | None = None,
     memory: str = "default",
+    engine: str | None = None,
 ) -> Tensor:
     """``relu(norm(conv(x)) + shortcut)``; see :func:`residual`."""
-    return residual(x, (Unit(conv, norm),), shortcut, relu, memory)
+    return residual(x, (Unit(conv, norm),), shortcut, relu, memory, engine)
 
 
-def bn_act(x: Tensor, norm: Norm, relu: bool = True, shortcut: Tensor | None = None) -> Tensor:
+def bn_act(
+    x: Tensor, norm: Norm, relu: bool = True, shortcut: Tensor | None = None, engine: str | None = None
+) -> Tensor:
     """``relu(norm(x) + shortcut)``; see :func:`residual`."""
-    return residual(x, (Unit(None, norm),), shortcut, relu)
+    return residual(x, (Unit(None, norm),), shortcut, relu, engine=engine)
 
 
 def basic_block(
@@ -162,9 +167,10 @@ def basic_block(
     shortcut: Tensor | Unit | None,
     relu: bool = True,
     memory: str = "default",
+    engine: str | None = None,
 ) -> Tensor:
     """``relu(unit2(relu(unit1(x))) + shortcut)``: He et al. 2015, figure 5, left."""
-    return residual(x, (unit1, unit2), shortcut, relu, memory)
+    return residual(x, (unit1, unit2), shortcut, relu, memory, engine)
 
 
 def bottleneck(
@@ -175,6 +181,7 @@ def bottleneck(
     shortcut: Tensor | Unit | None,
     relu: bool = True,
     memory: str = "default",
+    engine: str | None = None,
 ) -> Tensor:
     """``relu(unit3(relu(unit2(relu(unit1(x))))) + shortcut)``: He et al. 2015, figure 5, right."""
-    return residual(x, (unit1, unit2, unit3), shortcut, relu, memory)
+    return residual(x, (unit1, unit2, unit3), shortcut, relu, memory, engine)

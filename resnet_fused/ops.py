@@ -120,7 +120,8 @@ def bn_backward_reduce(
 
     Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[tiles, 2, C]`` acc, tiles as in
     :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum of
-    g*(shortcut - its mean). The ReLU's mask is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and ``shortcut``.
+    g*(shortcut - its mean). The ReLU's mask is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and
+    ``shortcut``.
     """
     return _ops.bn_backward_reduce(
         grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad
@@ -221,7 +222,7 @@ def _is_matmul(
     groups: int,
     pixels: int,
 ) -> bool:
-    """Whether a convolution of ``x`` is a matrix product of views, worth computing as one up to ``pixels`` per plane."""
+    """Whether a convolution of ``x`` is a matrix product of views, and planes are small enough to compute it as one."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -389,8 +390,8 @@ def conv_dgrad(
 
     The output's gradient is ``grad``, or ``a*grad + b*y + c`` with ``y`` and ``backward_coefficients`` ``[5, K]``.
     ``addend`` is added to dx. With ``mask_y`` and ``mask_coefficients`` ``[4, C]``, dx is stopped where
-    ``scale*mask_y + shift`` is not positive, and ``sums`` ``[tiles, 2, C]`` are those of :func:`bn_backward_reduce` over
-    what is left; else sums are empty.
+    ``scale*mask_y + shift`` is not positive, and ``sums`` ``[tiles, 2, C]`` are those of :func:`bn_backward_reduce`
+    over what is left; else sums are empty.
     """
     return _ops.conv_dgrad(
         grad,

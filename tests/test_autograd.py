@@ -119,6 +119,18 @@ def test_gradients_are_the_reference_engines(device):
         torch.testing.assert_close(a, e)
 
 
+def test_engine_argument():
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    conv = Conv(torch.randn(8, 3, 1, 1, requires_grad=True))
+    norm = Norm(torch.ones(8), torch.zeros(8))
+    assert not is_fused(functional.conv_bn_act(x, conv, norm, engine="reference"))
+    with rf.engine("reference"):
+        assert is_fused(functional.conv_bn_act(x, conv, norm, engine="library"))
+        assert not is_fused(functional.conv_bn_act(x, conv, norm))
+    with pytest.raises(ValueError, match="engine: expected one of"):
+        functional.conv_bn_act(x, conv, norm, engine="quick")
+
+
 @pytest.mark.parametrize("frozen", ["input", "weights", "norms", "first"])
 def test_only_what_is_asked_for(device, frozen):
     block = make("basic_projection", "train", device)
