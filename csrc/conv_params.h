@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// What crosses from the convolution operators to their kernels. Activations are NHWC, weights KRSC, both of one
-// 16-bit dtype; "acc" is float.
+// What crosses from the convolution operators to their kernels. Activations are NHWC, weights KRSC, both of one dtype:
+// BFloat16, Float16, or Float32, which is multiplied as TF32. "acc" is float.
 #pragma once
 
 #include <cstdint>

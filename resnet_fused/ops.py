@@ -298,7 +298,7 @@ def convolution_backward(
     return grad_x, grad_weight
 
 
-_NATIVE_DTYPES = (torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _NATIVE_MULTIPLE = 8  # channels: 16 bytes
 _NATIVE_CHANNELS = 2048  # the prologue's tables have to fit into shared memory
 _NATIVE_TAPS = 7  # per dimension
@@ -318,8 +318,10 @@ def native_reason(
         return f"no native convolutions for device {x.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "compute capability below 8.0"
+    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
     if x.dtype not in _NATIVE_DTYPES:
-        return f"dtype {x.dtype}; native are bfloat16 and float16"
+        return f"dtype {x.dtype}; native are bfloat16, float16 and, as TF32, float32"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
     if groups != 1:
@@ -347,7 +349,8 @@ def conv_fprop(
     """``(y, statistics)`` of a native convolution of ``x``, or with ``coefficients`` of ``relu(scale*x + shift)``.
 
     Args:
-        x: ``[N, C, H, W]`` channels_last, bfloat16 or float16. Padding is zero behind the ReLU.
+        x: ``[N, C, H, W]`` channels_last, bfloat16, float16, or float32, which is multiplied as TF32. Padding is zero
+            behind the ReLU.
         coefficients: ``[4, C]`` float32.
         weight: ``[K, C, R, S]`` of x's dtype.
         bias: ``[K]`` float32.

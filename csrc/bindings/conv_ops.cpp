@@ -25,7 +25,7 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChannelMultiple = 8;  // 16 bytes
+constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values
 constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
 constexpr int64_t kMostTaps = 7;         // per dimension
 
@@ -38,8 +38,8 @@ Tensor conform(const Tensor& t) {
 
 void check_conv_activation(const Tensor& t, const char* name) {
   check_activation(t, name);
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf, name,
-                   ": expected bfloat16 or float16, got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, name, ": expected float32, bfloat16 or float16, got ",
+                   t.scalar_type());
   TORCH_CHECK_VALUE(t.size(1) % kChannelMultiple == 0 && t.size(1) > 0 && t.size(1) <= kMostChannels, name,
                     ": expected a multiple of ", kChannelMultiple, " channels up to ", kMostChannels, ", got ",
                     t.size(1));

@@ -39,7 +39,7 @@ TORCH_LIBRARY(resnet_fused, m) {
       "relu_backward_add_(Tensor(a!) out, Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
       "Tensor? z) -> ()");
 
-  // Native convolutions: channels_last, 16 bits; CUDA only.
+  // Native convolutions: channels_last, float32 as TF32; CUDA only.
   m.def(
       "conv_fprop(Tensor x, Tensor? coefficients, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation) -> (Tensor, Tensor)");

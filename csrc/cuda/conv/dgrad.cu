@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
 
 cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
   const ConvShape& s = p.shape;
-  return dispatch_half(p.dtype, [&](auto t) {
+  return dispatch_conv_dtype(p.dtype, [&](auto t) {
     return dispatch_tile(dgrad_tile(s), [&](auto tile) {
       using T = decltype(t);
       using Tile = decltype(tile);

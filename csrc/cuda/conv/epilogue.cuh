@@ -26,13 +26,14 @@ __device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
   }
 }
 
-// A tile of 16-bit values in shared memory. Rows are padded by one chunk: the pairs of a warp then fall into
-// different banks.
+// A tile of the output in shared memory. Rows are padded by eight values: the pairs that are accessed at a time, of a
+// warp (16 bits) or half a warp (32 bits), then fall into different banks.
 template <class T, class Tile>
 class Staging {
  public:
   using Value = typename T::Value;
-  static constexpr int kStride = Tile::kN + kChunkValues;
+  static constexpr int kStride = Tile::kN + 8;
+  static constexpr int kValues = kChunkValues<T>;
   static constexpr int kBytes = Tile::kM * kStride * static_cast<int>(sizeof(Value));
 
   __device__ explicit Staging(unsigned char* shared) : values_(reinterpret_cast<Value*>(shared)) {}
@@ -46,8 +47,8 @@ class Staging {
   template <class PixelOf>
   __device__ void load(const void* tensor, PixelOf pixel_of, int channels, int first) {
     walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
-      *reinterpret_cast<Vector<Value, kChunkValues>*>(staged) =
-          load_vector<kChunkValues>(static_cast<const Value*>(tensor) + offset);
+      *reinterpret_cast<Vector<Value, kValues>*>(staged) =
+          load_vector<kValues>(static_cast<const Value*>(tensor) + offset);
     });
     __syncthreads();
   }
@@ -56,7 +57,7 @@ class Staging {
     __syncthreads();
     walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
       store_vector(static_cast<Value*>(tensor) + offset,
-                   *reinterpret_cast<const Vector<Value, kChunkValues>*>(staged));
+                   *reinterpret_cast<const Vector<Value, kValues>*>(staged));
     });
     __syncthreads();
   }
@@ -64,10 +65,10 @@ class Staging {
  private:
   template <class PixelOf, class Move>
   __device__ void walk(PixelOf pixel_of, int channels, int first, Move move) {
-    constexpr int kRowChunks = Tile::kN / kChunkValues;
+    constexpr int kRowChunks = Tile::kN / kValues;
 #pragma unroll 4
     for (int i = threadIdx.x; i < Tile::kM * kRowChunks; i += Tile::kBlockThreads) {
-      const int row = i / kRowChunks, column = i % kRowChunks * kChunkValues;
+      const int row = i / kRowChunks, column = i % kRowChunks * kValues;
       const int64_t pixel = pixel_of(row);
       if (pixel >= 0 && first + column < channels) {
         move(pixel * channels + first + column, values_ + row * kStride + column);

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
 
 cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
   const ConvShape& s = p.shape;
-  return dispatch_half(p.dtype, [&](auto t) {
+  return dispatch_conv_dtype(p.dtype, [&](auto t) {
     return dispatch_tile(fprop_tile(s), [&](auto tile) {
       using T = decltype(t);
       using Tile = decltype(tile);

@@ -31,9 +31,11 @@ cudaError_t dispatch_tile(TileShape shape, Call call) {
   return cudaErrorInvalidValue;
 }
 
+// Float32 is multiplied as TF32.
 template <class Call>
-cudaError_t dispatch_half(DType dtype, Call call) {
+cudaError_t dispatch_conv_dtype(DType dtype, Call call) {
   switch (dtype) {
+    case DType::Float32: return call(Float32{});
     case DType::BFloat16: return call(BFloat16{});
     case DType::Float16: return call(Float16{});
     default: return cudaErrorInvalidValue;

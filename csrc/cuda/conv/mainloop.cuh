@@ -11,6 +11,15 @@ namespace resnet_fused::cuda {
 template <class A, class B, int kStages>
 inline constexpr int kRingBytes = kStages * (A::kStageBytes + B::kStageBytes);
 
+// The tensor cores drop a float's low bits; rounding them is left to us.
+template <class T>
+__device__ void prepare(uint32_t (&fragment)[4]) {
+  if constexpr (sizeof(typename T::Value) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = ptx::to_tf32(fragment[i]);
+  }
+}
+
 // d += A * B over `iterations` stages of the reduction. `ring`: kRingBytes of shared memory, free again on return.
 template <class T, class Tile, int kStages, class A, class B>
 __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accumulators<Tile>& d) {
@@ -38,20 +47,22 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
 
     const uint32_t tile_a = ptx::shared_address(stage), tile_b = tile_a + A::kStageBytes;
 #pragma unroll
-    for (int kk = 0; kk < kTileK; kk += 16) {
+    for (int step = 0; step < kStageSteps; ++step) {
       uint32_t fragments_a[Tile::kFragmentsM][4];
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
-        A::Layout::fragment_a(fragments_a[i], tile_a, warp_row<Tile>() + i * 16, kk);
+        A::Layout::fragment_a(fragments_a[i], tile_a, warp_row<Tile>() + i * 16, step);
+        prepare<T>(fragments_a[i]);
       }
 #pragma unroll
       for (int j = 0; j < Tile::kFragmentsN; j += 2) {
         uint32_t fragments_b[4];
-        B::Layout::fragment_b(fragments_b, tile_b, warp_column<Tile>() + j * 8, kk);
+        B::Layout::fragment_b(fragments_b, tile_b, warp_column<Tile>() + j * 8, step);
+        prepare<T>(fragments_b);
 #pragma unroll
         for (int i = 0; i < Tile::kFragmentsM; ++i) {
-          ptx::mma_m16n8k16<T>(d[i][j], fragments_a[i], fragments_b[0], fragments_b[1]);
-          ptx::mma_m16n8k16<T>(d[i][j + 1], fragments_a[i], fragments_b[2], fragments_b[3]);
+          ptx::mma<T>(d[i][j], fragments_a[i], fragments_b[0], fragments_b[1]);
+          ptx::mma<T>(d[i][j + 1], fragments_a[i], fragments_b[2], fragments_b[3]);
         }
       }
     }

@@ -30,11 +30,13 @@ class ChannelTables {
   __device__ void fill(int table, const float* source) {
     for (int c = threadIdx.x; c < channels_; c += blockDim.x) *at(table, c) = source[c];
   }
-  __device__ void read(int table, int channel, float (&values)[kChunkValues]) const {
+  // kCount: 4 or 8, and `channel` a multiple of it.
+  template <int kCount>
+  __device__ void read(int table, int channel, float (&values)[kCount]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float4 v = *reinterpret_cast<const float4*>(at(table, channel + 4 * h));
-      values[4 * h] = v.x, values[4 * h + 1] = v.y, values[4 * h + 2] = v.z, values[4 * h + 3] = v.w;
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(at(table, channel + i));
+      values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
     }
   }
 
@@ -81,30 +83,31 @@ __device__ void fill_tables(ChannelTables& tables, const void* coefficients, int
 }
 
 template <class T>
-using Chunk = Vector<typename T::Value, kChunkValues>;
+using Chunk = Vector<typename T::Value, kChunkValues<T>>;
 
 // In place; `other` is the second source's chunk.
 template <class T, class Prologue>
 __device__ void transform_chunk(unsigned char* chunk, const unsigned char* other, const ChannelTables& tables,
                                 int channel) {
-  auto v = load_vector<kChunkValues>(reinterpret_cast<const typename T::Value*>(chunk));
+  constexpr int kValues = kChunkValues<T>;
+  auto v = load_vector<kValues>(reinterpret_cast<const typename T::Value*>(chunk));
   if constexpr (Prologue::kTables == 2) {
-    float scale[kChunkValues], shift[kChunkValues];
+    float scale[kValues], shift[kValues];
     tables.read(0, channel, scale);
     tables.read(1, channel, shift);
 #pragma unroll
-    for (int i = 0; i < kChunkValues; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const float z = fmaf(scale[i], T::load(v[i]), shift[i]);
       v[i] = T::store(z < 0.0f ? 0.0f : z);  // a NaN passes, as in eager
     }
   } else {
-    const auto y = load_vector<kChunkValues>(reinterpret_cast<const typename T::Value*>(other));
-    float a[kChunkValues], b[kChunkValues], c[kChunkValues];
+    const auto y = load_vector<kValues>(reinterpret_cast<const typename T::Value*>(other));
+    float a[kValues], b[kValues], c[kValues];
     tables.read(0, channel, a);
     tables.read(1, channel, b);
     tables.read(2, channel, c);
 #pragma unroll
-    for (int i = 0; i < kChunkValues; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       v[i] = T::store(fmaf(a[i], T::load(v[i]), fmaf(b[i], T::load(y[i]), c[i])));
     }
   }
@@ -200,14 +203,14 @@ struct PixelGrid {
 template <class T, class Tile, class Prologue, int kStages>
 class GatheredPixels {
  public:
-  using Layout = KMajorTile<Tile::kM>;
+  using Layout = KMajorTile<T, Tile::kM>;
   using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ GatheredPixels(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
                             const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
       : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels) {
-    walk_ = {gh.taps, gw.taps, (channels + kTileK - 1) / kTileK};
+    walk_ = {gh.taps, gw.taps, (channels + kTileK<T> - 1) / kTileK<T>};
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int64_t row = first_row + Copies::Dealt::row(i);
@@ -224,7 +227,7 @@ class GatheredPixels {
   __device__ int iterations() const { return walk_.iterations(); }
 
   __device__ void issue(unsigned char* stage, int slot) {
-    const int channel = walk_.channel_tile * kTileK + Copies::Dealt::column() * kChunkValues;
+    const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
@@ -237,7 +240,7 @@ class GatheredPixels {
   }
 
   __device__ void transform(unsigned char* stage, int slot) {
-    copies_.transform(stage, slot, transformed_ * kTileK + Copies::Dealt::column() * kChunkValues);
+    copies_.transform(stage, slot, transformed_ * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>);
     if (++transformed_ == walk_.channel_tiles) transformed_ = 0;
   }
 
@@ -255,17 +258,17 @@ class GatheredPixels {
 template <class T, class Tile, int kStages>
 class WeightRows {
  public:
-  using Layout = KMajorTile<Tile::kN>;
+  using Layout = KMajorTile<T, Tile::kN>;
   using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ WeightRows(const void* weight, const ConvShape& shape, int first_column)
       : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), first_(first_column) {
-    walk_ = {shape.r, shape.s, (shape.c + kTileK - 1) / kTileK};
+    walk_ = {shape.r, shape.s, (shape.c + kTileK<T> - 1) / kTileK<T>};
   }
 
   __device__ void issue(unsigned char* stage, int slot) {
-    const int channel = walk_.channel_tile * kTileK + Copies::Dealt::column() * kChunkValues;
+    const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
       const int k = first_ + Copies::Dealt::row(i);
@@ -287,22 +290,22 @@ class WeightRows {
 template <class T, class Tile, int kStages>
 class WeightColumns {
  public:
-  using Layout = MnMajorTile<Tile::kN>;
+  using Layout = MnMajorTile<T, Tile::kN>;
   using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ WeightColumns(const void* weight, const ConvShape& shape, const Gather& gh, const Gather& gw,
                            int first_column)
       : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), gh_(gh), gw_(gw) {
-    walk_ = {gh.taps, gw.taps, (shape.k + kTileK - 1) / kTileK};
-    channel_ = first_column + Copies::Dealt::column() * kChunkValues;
+    walk_ = {gh.taps, gw.taps, (shape.k + kTileK<T> - 1) / kTileK<T>};
+    channel_ = first_column + Copies::Dealt::column() * kChunkValues<T>;
   }
 
   __device__ void issue(unsigned char* stage, int slot) {
     const int r = gh_.first + walk_.h * gh_.every, s = gw_.first + walk_.w * gw_.every;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
-      const int k = walk_.channel_tile * kTileK + Copies::Dealt::row(i);
+      const int k = walk_.channel_tile * kTileK<T> + Copies::Dealt::row(i);
       const int64_t tap = (int64_t{k} * shape_.r + r) * shape_.s + s;
       copies_.copy(stage, slot, i, tap * shape_.c + channel_, k < shape_.k && channel_ < shape_.c);
     }
@@ -325,7 +328,7 @@ class WeightColumns {
 template <class T, class Tile, int kExtent, class Prologue, int kStages>
 class PixelColumns {
  public:
-  using Layout = MnMajorTile<kExtent>;
+  using Layout = MnMajorTile<T, kExtent>;
   using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
@@ -334,10 +337,10 @@ class PixelColumns {
                           const Gather& gw, int channels, const PixelGrid& grid, int64_t begin, int64_t end,
                           int first_channel)
       : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels), grid_(grid), end_(end) {
-    channel_ = first_channel + Copies::Dealt::column() * kChunkValues;
-    step_w_ = kTileK % grid.width;
-    step_h_ = kTileK / grid.width % grid.height;
-    step_n_ = kTileK / grid.width / grid.height;
+    channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
+    step_w_ = kTileK<T> % grid.width;
+    step_h_ = kTileK<T> / grid.width % grid.height;
+    step_n_ = kTileK<T> / grid.width / grid.height;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       pixel_[i] = begin + Copies::Dealt::row(i);
@@ -370,7 +373,7 @@ class PixelColumns {
   static constexpr int kChunks = Copies::Dealt::kChunks;
 
   __device__ void advance(int i) {
-    pixel_[i] += kTileK;
+    pixel_[i] += kTileK<T>;
     v_[i] += step_w_;
     u_[i] += step_h_;
     n_[i] += step_n_;

@@ -12,8 +12,6 @@
 
 namespace resnet_fused::cuda {
 
-inline constexpr int kTileK = 32;  // the reduction's depth per stage
-
 // Rows and columns of the output per block.
 enum class TileShape : int { k128x128, k128x64, k64x64 };
 

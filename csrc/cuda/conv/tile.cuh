@@ -13,45 +13,77 @@
 namespace resnet_fused::cuda {
 
 inline constexpr int kChunkBytes = 16;
-inline constexpr int kChunkValues = 8;  // 16-bit values
+template <class T>
+inline constexpr int kChunkValues = kChunkBytes / static_cast<int>(sizeof(typename T::Value));
+
+// The reduction's depth per stage is four chunks: two steps of an mma, whose depth is two chunks for every type.
+inline constexpr int kStageChunks = 4, kStageSteps = 2;
+template <class T>
+inline constexpr int kTileK = kStageChunks * kChunkValues<T>;
 
 // kExtent rows of kTileK values: the reduction runs along memory. A row is half of the 128 bytes of all banks.
-template <int kExtent>
+template <class T, int kExtent>
 struct KMajorTile {
-  static constexpr int kRows = kExtent, kRowChunks = kTileK / kChunkValues;
+  static constexpr int kRows = kExtent, kRowChunks = kStageChunks;
   static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
-  static_assert(kRowChunks == 4, "the swizzle is for rows of 64 bytes");
 
   static __device__ int offset(int row, int chunk) {
     return (row * kRowChunks + (chunk ^ ((row >> 1) & 3))) * kChunkBytes;
   }
-  // The m16k16 fragment of a row-major A at (m, k).
-  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int k) {
+  // The fragment of a row-major A at row m: 16 rows, one step.
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<false>(r, tile + offset(m + lane % 16, k / kChunkValues + lane / 16));
+    ptx::ldmatrix_x4<false>(r, tile + offset(m + lane % 16, 2 * step + lane / 16));
   }
-  // Two k16n8 fragments of a column-major B at (n, k) and (n + 8, k): r[0], r[1] and r[2], r[3].
-  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int k) {
+  // Two fragments of a column-major B, at columns n and n + 8: r[0], r[1] and r[2], r[3].
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<false>(r, tile + offset(n + lane % 8 + lane / 16 * 8, k / kChunkValues + lane / 8 % 2));
+    ptx::ldmatrix_x4<false>(r, tile + offset(n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
   }
 };
 
-// kTileK rows of kExtent values: the reduction runs across memory, and fragments are transposed on the way.
-template <int kExtent>
+// kTileK rows of kExtent 16-bit values: the reduction runs across memory, and fragments are transposed on the way.
+template <class T, int kExtent>
 struct MnMajorTile {
-  static constexpr int kRows = kTileK, kRowChunks = kExtent / kChunkValues;
+  static constexpr int kRows = kTileK<T>, kRowChunks = kExtent / kChunkValues<T>;
   static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
   static_assert(kRowChunks % 8 == 0, "the swizzle is for rows of whole 128 bytes");
 
   static __device__ int offset(int row, int chunk) { return (row * kRowChunks + (chunk ^ (row & 7))) * kChunkBytes; }
-  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int k) {
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<true>(r, tile + offset(k + lane % 8 + lane / 16 * 8, m / kChunkValues + lane / 8 % 2));
+    ptx::ldmatrix_x4<true>(r, tile + offset(16 * step + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
   }
-  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int k) {
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<true>(r, tile + offset(k + lane % 16, n / kChunkValues + lane / 16));
+    ptx::ldmatrix_x4<true>(r, tile + offset(16 * step + lane % 16, n / 8 + lane / 16));
+  }
+};
+
+// The same of 32-bit values, which ldmatrix does not transpose: a lane reads its own. Four rows of eight values, what
+// a warp reads at a time, lie in different banks.
+template <int kExtent>
+struct MnMajorTile<Float32, kExtent> {
+  static constexpr int kRows = kTileK<Float32>, kRowChunks = kExtent / kChunkValues<Float32>;
+  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static_assert(kRowChunks % 8 == 0, "the swizzle is for rows of whole 128 bytes");
+
+  static __device__ int offset(int row, int chunk) {
+    return (row * kRowChunks + (chunk ^ ((row & 3) << 1))) * kChunkBytes;
+  }
+  // The value at (row, column) for a lane's column % 8 = lane / 4 and row % 4 = lane % 4.
+  static __device__ uint32_t value(uint32_t tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    const int r = row + lane % 4, c = column + lane / 4;
+    return ptx::load_shared_32(tile + offset(r, c / 4) + c % 4 * 4);
+  }
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = value(tile, 8 * step + i / 2 * 4, m + i % 2 * 8);
+  }
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = value(tile, 8 * step + i % 2 * 4, n + i / 2 * 8);
   }
 };
 

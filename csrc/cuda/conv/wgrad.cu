@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   const int first_row = blockIdx.x * Tile::kM;
   const PixelGrid grid{s.n, s.p, s.q};
   // Splits are cut at whole stages.
-  const int64_t stages = (grid.pixels() + kTileK - 1) / kTileK;
-  const int64_t begin = stages * blockIdx.z / gridDim.z * kTileK;
-  const int64_t stop = stages * (blockIdx.z + 1) / gridDim.z * kTileK;
+  const int64_t stages = (grid.pixels() + kTileK<T> - 1) / kTileK<T>;
+  const int64_t begin = stages * blockIdx.z / gridDim.z * kTileK<T>;
+  const int64_t stop = stages * (blockIdx.z + 1) / gridDim.z * kTileK<T>;
   const int64_t end = stop < grid.pixels() ? stop : grid.pixels();
 
   const Gather own_h{1, 0, 0, s.p, 0, 1, 1}, own_w{1, 0, 0, s.q, 0, 1, 1};
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   typename Parts::A a(p.grad.g, p.grad.y, tables_a, own_h, own_w, s.k, grid, begin, end, first_row);
   typename Parts::B b(p.x, nullptr, tables_b, gh, gw, s.c, grid, begin, end, first_column);
   Accumulators<Tile> d = {};
-  accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK - 1) / kTileK), d);
+  accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK<T> - 1) / kTileK<T>), d);
 
   float* out = p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
   const int lane = threadIdx.x % 32;
@@ -102,7 +102,7 @@ cudaError_t launch_add_splits(const WgradParams& p, int splits, cudaStream_t str
     add_splits<T><<<blocks, kThreads, 0, stream>>>(p.workspace, static_cast<typename T::Value*>(p.dw), vectors, splits);
     return cudaGetLastError();
   };
-  return p.dw_dtype == DType::Float32 ? launch(Float32{}) : dispatch_half(p.dw_dtype, launch);
+  return dispatch_conv_dtype(p.dw_dtype, launch);
 }
 
 }  // namespace
@@ -110,7 +110,7 @@ cudaError_t launch_add_splits(const WgradParams& p, int splits, cudaStream_t str
 cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
   const ConvShape& s = p.shape;
   const auto splits = static_cast<unsigned>(wgrad_splits(s));
-  const cudaError_t error = dispatch_half(p.dtype, [&](auto t) {
+  const cudaError_t error = dispatch_conv_dtype(p.dtype, [&](auto t) {
     return dispatch_tile(wgrad_tile(s), [&](auto tile) {
       using T = decltype(t);
       using Tile = decltype(tile);

@@ -33,6 +33,7 @@ __device__ void cp_async_wait() {
 
 // Warp-level matrix load: ldmatrix. Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of
 // matrix l / 8, and receives of matrix i, in r[i], the values (l / 4, 2 * (l % 4)) and the next; transposed with kTrans.
+// Untransposed the two halves of a 32-bit value stay together, which serves TF32.
 template <bool kTrans>
 __device__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   if constexpr (kTrans) {
@@ -48,12 +49,27 @@ __device__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   }
 }
 
-// Warp-level matrix multiply-accumulate: mma.m16n8k16. d += a * b, a row-major, b column-major.
+// Data movement: ld.shared.
+__device__ inline uint32_t load_shared_32(uint32_t shared) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
+}
+
+// Data conversion: cvt.rna.tf32. Rounds a float to the 10 bits of mantissa that a TF32 mma reads.
+__device__ inline uint32_t to_tf32(uint32_t value) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(value)));
+  return rounded;
+}
+
+// Warp-level matrix multiply-accumulate: mma, m16n8k16 of 16-bit values and m16n8k8 of TF32. d += a * b, a row-major, b
+// column-major.
 template <class T>
-__device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+__device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ inline void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -62,9 +78,18 @@ __device__ inline void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[
 }
 
 template <>
-__device__ inline void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ inline void mma<Float32>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
