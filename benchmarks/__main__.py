@@ -7,23 +7,28 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from benchmarks import blocks, bottleneck, depth, networks, report
-from benchmarks.cases import DTYPES, MODES, Job, Outcome, Settings
+from benchmarks import bandwidth, blocks, bottleneck, depth, networks, report
+from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
+from benchmarks.timing import Race
+from resnet_fused import ops
 
 RESULTS = Path(__file__).parent / "results"
+
+Found = TypeVar("Found", Outcome, bandwidth.Outcome)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Fused against eager PyTorch on real photographs: numerical checks, interleaved timing, memory. "
-        "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks.",
+        "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks; on a GPU the bandwidth, too.",
     )
     choice = parser.add_argument_group("what to run")
     pattern = {"nargs": "?", "const": "", "metavar": "PART"}
@@ -31,19 +36,41 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
     choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
+    sizes = {"nargs": "*", "type": float, "metavar": "MB"}
+    choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
-    how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype")
-    how.add_argument("--batch", type=int, metavar="N", help="images per step")
+    how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
+    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {CUDA_BATCH})")
     how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
     how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: as many as time allows)")
+    how.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="whether eager compiled by torch.compile takes part (default: on a GPU)",
+    )
     how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
     how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     how.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    device = options.device
+    options.dtype = tuple(options.dtype or dtypes_of(device))
+    for dtype in options.dtype:
+        if dtype not in dtypes_of(device):
+            parser.error(f"--dtype {dtype}: not measured on {device}")
+    if options.compile is None:
+        options.compile = device.type == "cuda"
+    chosen = (options.blocks, options.networks, options.bandwidth)
+    if not (options.depth or options.bottleneck) and all(choice is None for choice in chosen):
+        options.blocks = options.networks = ""
+        if device.type == "cuda" and ops.has_kernels(device):
+            options.bandwidth = []
+    if options.bandwidth is not None and not ops.has_kernels(device):
+        parser.error(f"--bandwidth: this build of resnet_fused has no kernels for {device}")
+    return options
 
 
-def execute(jobs: Iterator[Job | networks.NetworkJob], total: int) -> list[Outcome]:
+def execute(jobs: Iterable, total: int, describe: Callable[[Found], str]) -> list[Found]:
     """Run all jobs, one line of progress each."""
     outcomes = []
     for index, job in enumerate(jobs, 1):
@@ -51,9 +78,9 @@ def execute(jobs: Iterator[Job | networks.NetworkJob], total: int) -> list[Outco
         start = time.perf_counter()
         outcome = job.run()
         outcomes.append(outcome)
-        speed, elapsed = report.ratio(outcome.race.speed), time.perf_counter() - start
+        elapsed = time.perf_counter() - start
         disturbed = ", disturbed" if outcome.race.disturbed else ""
-        print(f"check {outcome.check}, speed {speed}{disturbed}  ({elapsed:.1f} s)", flush=True)
+        print(f"{describe(outcome)}{disturbed}  ({elapsed:.1f} s)", flush=True)
     return outcomes
 
 
@@ -62,6 +89,7 @@ def run_blocks_and_networks(settings: Settings, part: str | None, network: str |
     found = execute(
         chain(blocks.jobs(chosen, settings), networks.jobs(names, settings)),
         settings.cases_per_subject * (sum(map(len, chosen.values())) + len(names)),
+        report.progress,
     )
     if not found:
         raise SystemExit("no block or network has such a name")
@@ -73,7 +101,7 @@ def run_blocks_and_networks(settings: Settings, part: str | None, network: str |
 
 
 def run_depth(settings: Settings, folder: Path) -> list[Outcome]:
-    found = execute(depth.jobs(settings), settings.cases_per_subject * len(depth.LAYERS))
+    found = execute(depth.jobs(settings), settings.cases_per_subject * len(depth.LAYERS), report.progress)
     print("", depth.table(found), "", sep="\n")
     report.write_json(folder / "depth.json", settings.device, depth.records(found))
     depth.plot(found, folder / "depth.png")
@@ -81,10 +109,20 @@ def run_depth(settings: Settings, folder: Path) -> list[Outcome]:
 
 
 def run_bottleneck(settings: Settings, folder: Path) -> list[Outcome]:
-    found = execute(bottleneck.jobs(settings), settings.cases_per_subject * 2)
+    found = execute(bottleneck.jobs(settings), settings.cases_per_subject * 2, report.progress)
     print("", bottleneck.table(found, settings.size), "", sep="\n")
     report.write_json(folder / "bottleneck.json", settings.device, bottleneck.records(found, settings.size))
     bottleneck.plot(found, folder / "bottleneck.png")
+    return found
+
+
+def run_bandwidth(settings: Settings, megabytes: Sequence[float], folder: Path) -> list[bandwidth.Outcome]:
+    sizes = bandwidth.sizes(settings, megabytes)
+    total = len(settings.dtypes) * len(sizes) * len(bandwidth.KERNELS)
+    found = execute(bandwidth.jobs(settings, sizes), total, bandwidth.progress)
+    print("", bandwidth.table(found), "", sep="\n")
+    report.write_json(folder / "bandwidth.json", settings.device, bandwidth.records(found))
+    bandwidth.plot(found, folder / "bandwidth.png", settings.device)
     return found
 
 
@@ -95,11 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(
         options.device,
         modes=tuple(options.mode or MODES),
-        dtypes=tuple(options.dtype or DTYPES),
+        dtypes=options.dtype,
         size=64 if quick else options.size,
         batch=options.batch or (2 if quick else None),
         rounds=options.repeats or (2 if quick else None),
-        isolated=not quick,
+        compile=options.compile,
+        quick=quick,
     )
     folder = options.output / report.slug(report.device_name(settings.device))
     start = time.perf_counter()
@@ -111,16 +150,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes += run_bottleneck(settings, folder)
     if options.blocks is not None or options.networks is not None:
         outcomes += run_blocks_and_networks(settings, options.blocks, options.networks, folder)
-    elif not outcomes:
-        outcomes += run_blocks_and_networks(settings, "", "", folder)
+    races: list[Race] = [outcome.race for outcome in outcomes]
+    if options.bandwidth is not None:
+        races += [outcome.race for outcome in run_bandwidth(settings, options.bandwidth, folder)]
 
+    for absence in report.absences(outcomes):
+        print(f"missing from the race: {absence}")
     for failure in report.failures(outcomes):
         print(f"outside the tolerance policy: {failure}")
-    disturbed = sum(outcome.race.disturbed for outcome in outcomes)
+    disturbed = sum(race.disturbed for race in races)
     if disturbed:
-        print(f"other processes were busy during {disturbed} of {len(outcomes)} cases: don't trust those times")
+        print(f"other processes were busy during {disturbed} of {len(races)} cases: don't trust those times")
     passed = all(outcome.check.passed for outcome in outcomes)
-    print(f"{'all checks passed' if passed else 'CHECKS FAILED'}; {time.perf_counter() - start:.0f} s; see {folder}")
+    verdict = "" if not outcomes else "all checks passed; " if passed else "CHECKS FAILED; "
+    print(f"{verdict}{time.perf_counter() - start:.0f} s; see {folder}")
     return 0 if passed else 1
 
 

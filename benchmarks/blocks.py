@@ -19,7 +19,7 @@ from benchmarks.photographs import photographs
 # Checked on fewer images than timed: float64 is slow. Each further draw takes the next images.
 CHECK_BATCH = 2  # images
 
-BATCH = 8  # images
+BATCH = 8  # images, on a CPU
 SECONDS = 0.8  # of timing, per case
 
 
@@ -67,7 +67,7 @@ def photographs_for(settings: Settings) -> Tensor:
 
 
 def batch_of(settings: Settings) -> int:
-    return settings.batch or BATCH
+    return settings.batch_or(BATCH)
 
 
 def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, seconds: float) -> Iterator[Job]:
@@ -77,7 +77,7 @@ def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, secon
         return x[index * CHECK_BATCH :][:CHECK_BATCH]
 
     for case in settings.cases(subject, is_network=False):
-        yield Job(case, block, x[: batch_of(settings)].clone(), draw, settings.effort(seconds))
+        yield Job(case, block, x[: batch_of(settings)].clone(), draw, settings.effort(seconds), settings.compile)
 
 
 def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:

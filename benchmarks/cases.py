@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""One case: a module, eager and fused, in one mode and dtype: checked, timed, and its kept bytes counted."""
+"""One case: a module, eager, fused and compiled, in one mode and dtype: checked, timed, its kept bytes counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from benchmarks.timing import Effort, Race, race
 from resnet_fused import testing
 
 MODES = ("training", "inference")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CUDA_BATCH = 64  # images, of blocks and networks alike: enough to fill a GPU, few enough for 16 GB of its memory
+
+
+def dtypes_of(device: torch.device) -> tuple[str, ...]:
+    """The keys of `DTYPES` that are measured on ``device``: few CPUs compute in float16."""
+    return tuple(name for name in DTYPES if name != "float16" or device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found. ``kept`` holds bytes per image by contestant, in training."""
+    """What was found.
+
+    ``kept`` holds bytes per image by contestant, in training; ``absent`` why a contestant is missing from the race.
+    """
 
     case: Case
     batch: int
     check: Check
     race: Race
     kept: dict[str, float]
+    absent: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,12 +80,22 @@ class Settings:
     """What the command line asks for. None leaves a value to the benchmark."""
 
     device: torch.device
-    modes: tuple[str, ...] = MODES
-    dtypes: tuple[str, ...] = tuple(DTYPES)
+    modes: tuple[str, ...]
+    dtypes: tuple[str, ...]
     size: int = 224  # pixels
     batch: int | None = None  # images
     rounds: int | None = None
-    isolated: bool = True  # every network's case in a process of its own
+    compile: bool = False  # whether torch.compile takes part
+    quick: bool = False
+
+    @property
+    def isolated(self) -> bool:
+        """Whether every network's case gets a process of its own; on a GPU nothing depends on the C library."""
+        return self.device.type == "cpu" and not self.quick
+
+    def batch_or(self, usual: int) -> int:
+        """The number of images asked for, or else what is usual: on a CPU ``usual``."""
+        return self.batch or (CUDA_BATCH if self.device.type == "cuda" else usual)
 
     @property
     def cases_per_subject(self) -> int:
@@ -140,6 +161,23 @@ def network_training_step(module: nn.Module, x: Tensor, case: Case) -> Callable[
     return step
 
 
+def make_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """The call that is timed."""
+    if not case.training:
+        return inference_step(module, x, case)
+    return network_training_step(module, x, case) if case.is_network else block_training_step(module, x, case)
+
+
+def compiled_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """`make_step` of a copy of ``module`` under torch.compile, compiled already; what goes wrong raises."""
+    # Without it the earlier cases' versions of the same forward count, and from the ninth on nothing is compiled.
+    torch.compiler.reset()
+    # The whole graph, so that nothing falls back to eager unnoticed.
+    step = make_step(torch.compile(copy.deepcopy(module), fullgraph=True), x, case)
+    step()
+    return step
+
+
 @dataclass(frozen=True)
 class Job:
     """A case and what it takes to run it: it is timed on ``x`` and checked on ``draw(0)``, ``draw(1)``, ..."""
@@ -149,6 +187,7 @@ class Job:
     x: Tensor
     draw: Callable[[int], Tensor]
     effort: Effort
+    compile: bool
 
     def run(self) -> Outcome:
         """Check and time it."""
@@ -163,10 +202,14 @@ class Job:
             gradients=case.training,
         )
         kept = {}
-        make_step = inference_step
         if case.training:
             for name, module in modules.items():
                 kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
-            make_step = network_training_step if case.is_network else block_training_step
-        steps = [make_step(modules[name], x, case) for name in ("eager", "fused")]
-        return Outcome(case, len(x), verdict, race(*steps, x.device, self.effort), kept)
+        steps = {name: make_step(modules[name], x, case) for name in ("eager", "fused")}
+        absent = {}
+        if self.compile:
+            try:
+                steps["compiled"] = compiled_step(modules["eager"], x, case)
+            except Exception as error:  # whatever a compiler may raise: the others race without it
+                absent["compiled"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Outcome(case, len(x), verdict, race(steps, x.device, self.effort), kept, absent)

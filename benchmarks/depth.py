@@ -17,7 +17,7 @@ from benchmarks.cases import Outcome, Settings
 # Layers with weights, as the papers count them: shortcuts' projections left out.
 LAYERS = {"alexnet": 8, "vgg19": 19, "resnet18": 18, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 
-BATCH = 4  # images
+BATCH = 4  # images, on a CPU
 SECONDS = 5.0  # of timing, per case
 
 
@@ -37,7 +37,8 @@ def jobs(settings: Settings) -> Iterator[networks.NetworkJob]:
 def table(outcomes: Sequence[Outcome]) -> str:
     """One line per network, mode and dtype."""
     rows = []
-    for o in outcomes:
+    speed_header, *speeds = report.speed_columns(outcomes)
+    for o, cells in zip(outcomes, speeds, strict=True):
         parameters, operations = size_of(o.case.subject)
         rows.append(
             (
@@ -47,11 +48,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 f"{operations / 1e9:.1f} G",
                 o.case.mode,
                 o.case.dtype,
-                *report.speed_cells(o),
+                *cells,
                 str(o.check),
             )
         )
-    header = ("", "layers", "parameters", "operations/image", "mode", "dtype", *report.SPEED_HEADER, "check")
+    header = ("", "layers", "parameters", "operations/image", "mode", "dtype", *speed_header, "check")
     return report.table(header, rows)
 
 

@@ -22,7 +22,7 @@ NETWORKS = ("resnet18", "resnet50")
 CHECK_BATCH = 8  # images
 CHECK_SIZE = 64  # pixels
 
-BATCH = 16  # images
+BATCH = 16  # images, on a CPU
 SECONDS = 8.0  # of timing, per case
 
 
@@ -88,16 +88,16 @@ class NetworkJob:
 
     def run_here(self) -> Outcome:
         settings = self.settings
-        images = photographs(settings.batch or self.batch, settings.size, device=settings.device)
+        images = photographs(settings.batch_or(self.batch), settings.size, device=settings.device)
         draw = functools.partial(check_images, settings.device)
         network = build(self.case.subject, images)
-        return Job(self.case, network, images, draw, settings.effort(self.seconds)).run()
+        return Job(self.case, network, images, draw, settings.effort(self.seconds), settings.compile).run()
 
 
 def jobs(
     names: Sequence[str], settings: Settings, *, batch: int = BATCH, seconds: float = SECONDS
 ) -> Iterator[NetworkJob]:
-    """Every case of the named networks; ``batch`` is what the settings may override."""
+    """Every case of the named networks; ``batch`` is for CPUs and what the settings may override."""
     for name in names:
         for case in settings.cases(name, is_network=True):
             yield NetworkJob(case, settings, batch, seconds)

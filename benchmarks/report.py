@@ -8,6 +8,8 @@ import json
 import platform
 import re
 import statistics
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,11 +24,12 @@ import torchvision
 import resnet_fused
 from benchmarks.cases import Outcome
 from benchmarks.tables import table
-from benchmarks.timing import Spread
+from benchmarks.timing import Race, Spread
 
 EAGER_COLOUR = "#9aa5b1"
 FUSED_COLOUR = "#4f8fe6"
 NETWORK_COLOUR = "#1f4e9c"
+COMPILED_COLOUR = "#d9822b"
 MINIMAL_COLOUR = "#2da44e"
 
 
@@ -55,7 +58,14 @@ def environment(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "resnet_fused": {key: str(value) for key, value in resnet_fused.build_info().items()},
+        **(cuda_environment() if device.type == "cuda" else {}),
     }
+
+
+def cuda_environment() -> dict[str, object]:
+    """What the numbers of a GPU depend on besides; float32 convolutions round to TF32 if that is allowed."""
+    cudnn = torch.backends.cudnn
+    return {"cuda": torch.version.cuda, "cudnn": cudnn.version(), "tf32_convolutions": cudnn.allow_tf32}
 
 
 def milliseconds(spread: Spread, batch: int) -> str:
@@ -68,13 +78,43 @@ def ratio(spread: Spread) -> str:
     return f"{spread.median:.2f}x [{spread.low:.2f}, {spread.high:.2f}]"
 
 
-SPEED_HEADER = ("eager ms/image", "fused ms/image", "speed")
-
-
-def speed_cells(outcome: Outcome) -> tuple[str, str, str]:
-    """The cells under `SPEED_HEADER`."""
+def compiled_cells(outcome: Outcome) -> tuple[str, str]:
+    """torch.compile's time and how much faster fused is, or why there is none."""
     race = outcome.race
-    return milliseconds(race.eager, outcome.batch), milliseconds(race.fused, outcome.batch), ratio(race.speed)
+    if "compiled" not in race.seconds:
+        return outcome.absent["compiled"].partition(":")[0], ""
+    return milliseconds(race.time("compiled"), outcome.batch), ratio(race.speed("fused", "compiled"))
+
+
+def with_compile(outcomes: Sequence[Outcome]) -> bool:
+    """Whether torch.compile was to take part in ``outcomes``, which are those of one run."""
+    return any("compiled" in o.race.seconds or "compiled" in o.absent for o in outcomes)
+
+
+def speed_columns(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """A table's columns of times and speeds: their headers, then the cells of every outcome."""
+    compiled = with_compile(outcomes)
+    header = ("eager ms/image", "fused ms/image", "speed")
+    rows = [(*header, "compiled ms/image", "speed against it") if compiled else header]
+    for o in outcomes:
+        times = [milliseconds(o.race.time(name), o.batch) for name in ("eager", "fused")]
+        rows.append((*times, ratio(o.race.speed("fused", "eager")), *(compiled_cells(o) if compiled else ())))
+    return rows
+
+
+def progress(outcome: Outcome) -> str:
+    """What the line of progress says of the outcome."""
+    text = f"check {outcome.check}, speed {ratio(outcome.race.speed('fused', 'eager'))}"
+    if with_compile([outcome]):
+        time, speed = compiled_cells(outcome)
+        text += f", against compiled {speed}" if speed else f", compiled: {time}"
+    return text
+
+
+def absences(outcomes: Sequence[Outcome]) -> list[str]:
+    """One line per contestant and reason for its absence, as short as lines of a terminal."""
+    counts = Counter(f"{name}: {reason}" for o in outcomes for name, reason in o.absent.items())
+    return [f"{textwrap.shorten(text, 300)} ({n} of {len(outcomes)} cases)" for text, n in counts.items()]
 
 
 def kept_ratio(outcome: Outcome, contestant: str) -> str:
@@ -83,32 +123,41 @@ def kept_ratio(outcome: Outcome, contestant: str) -> str:
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
     """One line per case."""
-    header = ("", "mode", "dtype", "batch", *SPEED_HEADER, "kept MB/image", "fused", "minimal", "check")
+    speed_header, *speeds = speed_columns(outcomes)
+    header = ("", "mode", "dtype", "batch", *speed_header, "kept MB/image", "fused", "minimal", "check")
     rows = [
         (
             o.case.subject,
             o.case.mode,
             o.case.dtype,
             str(o.batch),
-            *speed_cells(o),
+            *cells,
             f"{o.kept['eager'] / 1e6:.2f}" if o.kept else "",
             kept_ratio(o, "fused"),
             kept_ratio(o, "minimal"),
             str(o.check),
         )
-        for o in outcomes
+        for o, cells in zip(outcomes, speeds, strict=True)
     ]
     return table(header, rows)
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Geometric means of the blocks' speeds and each network's, by mode and dtype."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
+    groups: dict[tuple[str, str, str], list[Race]] = {}
     for o in outcomes:
         name = o.case.subject if o.case.is_network else f"{o.case.subject.partition('.')[0]}'s blocks"
-        groups.setdefault((name, o.case.mode, o.case.dtype), []).append(o.race.speed.median)
-    rows = [(*key, f"{statistics.geometric_mean(speeds):.2f}x") for key, speeds in groups.items()]
-    return table(("geometric mean of speeds", "mode", "dtype", "speed"), rows)
+        groups.setdefault((name, o.case.mode, o.case.dtype), []).append(o.race)
+
+    def mean(races: Sequence[Race], against: str) -> str:
+        speeds = [race.speed("fused", against).median for race in races if against in race.seconds]
+        return f"{statistics.geometric_mean(speeds):.2f}x" if speeds else ""
+
+    columns = {"speed": "eager"}
+    if with_compile(outcomes):
+        columns["against compiled"] = "compiled"
+    rows = [(*key, *(mean(races, against) for against in columns.values())) for key, races in groups.items()]
+    return table(("geometric mean of speeds", "mode", "dtype", *columns), rows)
 
 
 def failures(outcomes: Sequence[Outcome]) -> list[str]:
@@ -118,8 +167,8 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
 
 def as_record(outcome: Outcome) -> dict[str, object]:
     """The outcome as JSON; times in seconds per batch, kept bytes per image."""
-    case, check = outcome.case, outcome.check
-    return {
+    case, check, race = outcome.case, outcome.check, outcome.race
+    record = {
         "subject": case.subject,
         "mode": case.mode,
         "dtype": case.dtype,
@@ -131,13 +180,17 @@ def as_record(outcome: Outcome) -> dict[str, object]:
             "worst": str(check.worst),
             "failures": check.failures,
         },
-        "eager_seconds": asdict(outcome.race.eager),
-        "fused_seconds": asdict(outcome.race.fused),
-        "speed": asdict(outcome.race.speed),
-        "cores_busy_with_others": outcome.race.others,
-        "rounds": len(outcome.race.eager_seconds),
+        **{f"{name}_seconds": asdict(race.time(name)) for name in race.seconds},
+        "speed": asdict(race.speed("fused", "eager")),
+        "cores_busy_with_others": race.others,
+        "rounds": race.rounds,
         "kept_bytes_per_image": outcome.kept,
     }
+    if "compiled" in race.seconds:
+        record["speed_against_compiled"] = asdict(race.speed("fused", "compiled"))
+    if outcome.absent:
+        record["absent"] = outcome.absent
+    return record
 
 
 def write_json(path: Path, device: torch.device, records: list[dict[str, object]]) -> None:
@@ -166,16 +219,21 @@ def plot_speed(outcomes: Sequence[Outcome], path: Path, device: torch.device) ->
     shape = (2 + 3 * len(groups), 1.4 + 0.28 * most)
     figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False, sharex=True, sharey=True)
     for ax, (title, group) in zip(axes[0], groups.items(), strict=True):
-        speeds = [o.race.speed for o in group]
+        speeds = [o.race.speed("fused", "eager") for o in group]
         medians = [s.median for s in speeds]
         spread = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
         colours = [NETWORK_COLOUR if o.case.is_network else FUSED_COLOUR for o in group]
         ax.barh([o.case.subject for o in group], medians, xerr=spread, color=colours, ecolor="#555555")
+        compiled = [o for o in group if "compiled" in o.race.seconds]
+        if compiled:
+            medians = [o.race.speed("compiled", "eager").median for o in compiled]
+            ax.plot(medians, [o.case.subject for o in compiled], "D", color=COMPILED_COLOUR)
         ax.axvline(1.0, color="black", linewidth=0.8)
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
     axes[0][0].invert_yaxis()
-    figure.supxlabel("eager's time / fused time (median, quartiles); above 1 is faster", fontsize=9)
+    also = "; diamonds: eager's time / torch.compile's" if with_compile(outcomes) else ""
+    figure.supxlabel(f"eager's time / fused time (median, quartiles); above 1 is faster{also}", fontsize=9)
     figure.suptitle(f"Speed, fused against eager: {device_name(device)}", fontsize=11)
     figure.tight_layout()
     save(figure, path)
@@ -210,13 +268,19 @@ def plot_times(
 ) -> None:
     """Milliseconds per image of ``subjects`` (shown as ``names``), one panel per mode and dtype."""
     groups = panels(outcomes)
+    colours = {"eager": EAGER_COLOUR, "fused": FUSED_COLOUR}
+    if any("compiled" in o.race.seconds for o in outcomes):
+        colours["compiled"] = COMPILED_COLOUR
+    width = 0.8 / len(colours)
+    bars = [((i + 0.5) * width - 0.4, name, colour) for i, (name, colour) in enumerate(colours.items())]
     shape = (1 + 0.9 * len(names) * len(groups), 3.6)
     figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False)
     for ax, (heading, group) in zip(axes[0], groups.items(), strict=True):
         by_subject = {o.case.subject: o for o in group}
-        for shift, name, colour in [(-0.2, "eager", EAGER_COLOUR), (0.2, "fused", FUSED_COLOUR)]:
-            times = [1e3 * getattr(by_subject[s].race, name).median / by_subject[s].batch for s in subjects]
-            ax.bar([i + shift for i in range(len(subjects))], times, width=0.38, color=colour, label=name)
+        for shift, name, colour in bars:
+            shown = {i: by_subject[s] for i, s in enumerate(subjects) if name in by_subject[s].race.seconds}
+            times = [1e3 * o.race.time(name).median / o.batch for o in shown.values()]
+            ax.bar([i + shift for i in shown], times, width=width, color=colour, label=name)
         ax.set_xticks(range(len(names)), names, fontsize=7)
         ax.set_title(heading, fontsize=10)
     axes[0][0].set_ylabel("ms per image (median)")

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Wall-clock timing of two contestants in turn, so that whatever disturbs the machine disturbs both."""
+"""Wall-clock timing of contestants in turn, so that whatever disturbs the machine disturbs all of them."""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,14 @@ import torch
 # Above this many busy cores of others a time is disturbed: threads that wait for a preempted one wait for
 # milliseconds at every parallel region, which favours whoever has fewer of them.
 DISTURBED = 0.1
+
+# Work on an accelerator is fed by two threads, forward's and backward's: others may have the remaining cores.
+FEEDING_CORES = 2
+
+# On an accelerator so many calls are timed together that the fastest contestant takes this long for them: preparing
+# a call then runs beside computing the one before, as it does in training and serving.
+STRETCH = 0.02  # seconds
+LONGEST_STRETCH = 50  # calls
 
 
 @dataclass(frozen=True)
@@ -50,28 +60,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Race:
-    """Times of both contestants, round by round, in seconds per call."""
+    """Times of all contestants by name, round by round, in seconds per call."""
 
-    eager_seconds: list[float]
-    fused_seconds: list[float]
+    seconds: dict[str, list[float]]
     others: float  # cores that other processes kept busy meanwhile
+    spare: float = 0.0  # cores that the contestants had no use for
 
     @property
-    def eager(self) -> Spread:
-        return Spread.of(self.eager_seconds)
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
 
-    @property
-    def fused(self) -> Spread:
-        return Spread.of(self.fused_seconds)
+    def time(self, name: str) -> Spread:
+        """Seconds per call of the contestant."""
+        return Spread.of(self.seconds[name])
 
-    @property
-    def speed(self) -> Spread:
-        """Eager's time over the fused time of the same round; above 1, fused is faster."""
-        return Spread.of([e / f for e, f in zip(self.eager_seconds, self.fused_seconds, strict=True)])
+    def speed(self, name: str, against: str) -> Spread:
+        """The time of ``against`` over the contestant's of the same round; above 1, the contestant is faster."""
+        return Spread.of([a / s for a, s in zip(self.seconds[against], self.seconds[name], strict=True)])
 
     @property
     def disturbed(self) -> bool:
-        return self.others > DISTURBED
+        return self.others > self.spare + DISTURBED
 
 
 def others_seconds() -> float:
@@ -83,29 +92,51 @@ def others_seconds() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of one ``call``, including what it leaves queued on ``device``."""
+def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock seconds of one ``call``, including what it leaves queued on ``device``: the mean of ``calls``."""
     accelerated = device.type != "cpu"
     if accelerated:
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     if accelerated:
         torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
-def race(eager: Callable[[], object], fused: Callable[[], object], device: torch.device, effort: Effort) -> Race:
-    """Time both in turn, after a warm-up of each; who goes first alternates."""
-    eager()
-    fused()
-    times: tuple[list[float], list[float]] = ([], [])
-    lanes = [(eager, times[0]), (fused, times[1])]
+def stretch(calls: Sequence[Callable[[], object]], device: torch.device) -> int:
+    """How many calls to time together: one on the CPU, which has computed what a call returns."""
+    if device.type == "cpu":
+        return 1
+    fastest = min(seconds(call, device) for call in calls)
+    return max(1, min(LONGEST_STRETCH, math.ceil(STRETCH / fastest)))
+
+
+def race(
+    contestants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    effort: Effort,
+    measure: Callable[[Callable[[], object]], float] | None = None,
+) -> Race:
+    """Time all in turn, after a warm-up of each; who goes first rotates.
+
+    ``measure``: another way to get one call's seconds than the wall clock's.
+    """
+    for call in contestants.values():
+        call()
+    if measure is None:
+        calls = stretch(list(contestants.values()), device)
+        measure = functools.partial(seconds, device=device, calls=calls)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     start, others = time.perf_counter(), others_seconds()
     for index in range(effort.most_rounds):
         if index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
             break
-        for call, lane in lanes if index % 2 == 0 else reversed(lanes):
-            lane.append(seconds(call, device))
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(measure(contestants[name]))
     elapsed = time.perf_counter() - start
-    return Race(*times, max(0.0, others_seconds() - others) / elapsed)
+    spare = 0.0 if device.type == "cpu" else max(0.0, (os.cpu_count() or 1) - FEEDING_CORES)
+    return Race(times, max(0.0, others_seconds() - others) / elapsed, spare)

@@ -2,12 +2,16 @@
 # Copyright (c) the resnet_fused authors
 """The benchmarks work from end to end on small shapes, and a failed check fails them."""
 
+import dataclasses
+import functools
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from simulator import simulated
 from torch import nn
 
 import resnet_fused
@@ -15,18 +19,22 @@ import resnet_fused
 # Appended, so that the package is still imported from where it is installed.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import blocks, bottleneck, depth, networks, report  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.checks import DRAWS, check  # noqa: E402
+from benchmarks import bandwidth, blocks, bottleneck, depth, networks, report  # noqa: E402
+from benchmarks.__main__ import main, parse  # noqa: E402
+from benchmarks.cases import Case, Outcome, compiled_step, contestants  # noqa: E402
+from benchmarks.checks import DRAWS, Check, check  # noqa: E402
 from benchmarks.memory import bytes_kept  # noqa: E402
 from benchmarks.photographs import photographs  # noqa: E402
-from benchmarks.timing import Effort, Spread, race  # noqa: E402
+from benchmarks.timing import Effort, Race, Spread, race  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
-def results(folder, name):
-    return json.loads((folder / report.slug(report.device_name(CPU)) / name).read_text())
+BLOCK = ["--quick", "--blocks", "resnet18.layer1"]
+
+
+def results(folder, name, device=CPU):
+    return json.loads((folder / report.slug(report.device_name(device)) / name).read_text())
 
 
 def test_a_block_from_the_command_line_to_the_files(tmp_path, capsys):
@@ -92,6 +100,246 @@ def test_a_failed_check_fails_the_run(tmp_path, capsys, monkeypatch):
     assert not outcome["check"]["passed"] and outcome["check"]["failures"]
 
 
+class Slow(nn.Module):
+    """What a compiler might return: a module that takes at least `SECONDS`."""
+
+    SECONDS = 0.05
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        time.sleep(self.SECONDS)
+        return self.module(x)
+
+
+class Broken(Slow):
+    """What torch.compile returns where there is no compiler."""
+
+    def forward(self, x):
+        raise RuntimeError("no compiler:\nlook elsewhere")
+
+
+def test_compile_is_a_contestant(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: Slow(module))
+    assert main([*BLOCK, "--compile", "--dtype", "float32", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "compiled ms/image" in shown and "against compiled" in shown and "missing" not in shown
+    outcomes = results(tmp_path, "residual.json")["outcomes"]
+    assert [o["mode"] for o in outcomes] == ["training", "inference"]
+    for o in outcomes:
+        assert o["compiled_seconds"]["low"] > Slow.SECONDS
+        assert "speed_against_compiled" in o and "absent" not in o
+
+
+def outcome_of(times, absent):
+    """An outcome with these seconds per batch of two images."""
+    case = Case("resnet18.layer1.0", is_network=False, mode="inference", dtype="float32")
+    race = Race({name: [t] for name, t in times.items()}, others=0.0)
+    return Outcome(case, 2, Check(1, 1, None, []), race, {}, absent)
+
+
+def test_columns_of_the_contestants():
+    first = outcome_of({"eager": 0.6, "fused": 0.2}, {"compiled": "TritonMissing: no Triton"})
+    second = outcome_of({"eager": 0.6, "fused": 0.2, "compiled": 0.1}, {})
+    fused = ("300.00 [300.00, 300.00]", "100.00 [100.00, 100.00]", "3.00x [3.00, 3.00]")
+    assert report.speed_columns([first, second])[1:] == [
+        (*fused, "TritonMissing", ""),
+        (*fused, "50.00 [50.00, 50.00]", "0.50x [0.50, 0.50]"),
+    ]
+    assert report.progress(first) == "check ok, speed 3.00x [3.00, 3.00], compiled: TritonMissing"
+    assert report.progress(second) == "check ok, speed 3.00x [3.00, 3.00], against compiled 0.50x [0.50, 0.50]"
+    assert report.summary([first, second]).split()[-2:] == ["3.00x", "0.50x"]
+    assert report.as_record(second)["speed_against_compiled"]["median"] == 0.5
+    without = outcome_of({"eager": 0.6, "fused": 0.2}, {})
+    assert report.speed_columns([without])[1:] == [fused]
+    assert "compiled" not in report.progress(without) + report.summary([without])
+
+
+def test_a_compiler_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: Broken(module))
+    assert main([*BLOCK, "--compile", "--dtype", "float32", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("resnet18.layer1.1 identity"))
+    assert "RuntimeError" in line
+    assert "compiled: RuntimeError: no compiler: look elsewhere (2 of 2 cases)" in shown
+    for o in results(tmp_path, "residual.json")["outcomes"]:
+        assert o["absent"] == {"compiled": "RuntimeError: no compiler: look elsewhere"}
+        assert o["fused_seconds"]["median"] > 0
+        assert "compiled_seconds" not in o and "speed_against_compiled" not in o
+
+
+def test_compile_shows_where_times_are_plotted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: Slow(module))
+    choice = ["--bottleneck", "--mode", "inference", "--dtype", "float32", "--compile"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
+    assert "compiled ms/image" in capsys.readouterr().out
+    assert all("compiled_seconds" in o for o in results(tmp_path, "bottleneck.json")["outcomes"])
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path):
+    choice = ["--mode", "inference", "--dtype", "float32", "--compile"]
+    assert main([*BLOCK, *choice, "--output", str(tmp_path)]) == 0
+    (outcome,) = results(tmp_path, "residual.json")["outcomes"]
+    assert outcome["compiled_seconds"]["median"] > 0
+
+
+def test_every_case_is_compiled_however_many_there_are(monkeypatch):
+    """torch.compile gives up on a forward of which it has compiled eight versions."""
+    compiled = []
+
+    def count(graph, _):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    case = Case("convolution", is_network=False, mode="inference", dtype="float32")
+    for index in range(10):
+        module = contestants(nn.Sequential(nn.Conv2d(1, 2 + index, 1)), case)["eager"]
+        compiled_step(module, torch.ones(1, 1, 2, 2), case)
+        assert len(compiled) == index + 1
+
+
+def test_defaults_of_a_device():
+    on_cpu, on_gpu = parse([]), parse(["--device", "cuda"])
+    assert on_cpu.dtype == ("float32", "bfloat16") and on_gpu.dtype == ("float32", "bfloat16", "float16")
+    assert on_gpu.compile and not on_cpu.compile
+    assert not parse(["--device", "cuda", "--no-compile"]).compile
+    assert on_cpu.blocks == on_cpu.networks == on_gpu.blocks == on_gpu.networks == ""
+    assert on_cpu.bandwidth is None
+
+
+@pytest.mark.parametrize(("with_kernels", "expected"), [(True, []), (False, None)])
+def test_bandwidth_is_in_a_gpu_s_default_run(monkeypatch, with_kernels, expected):
+    monkeypatch.setattr(resnet_fused.ops, "has_kernels", lambda device: with_kernels)
+    assert parse(["--device", "cuda"]).bandwidth == expected
+    assert parse(["--device", "cuda", "--blocks", "layer1"]).bandwidth is None
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "float16"], ["--bandwidth", "--device", "meta"]])
+def test_what_a_device_cannot_run_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+KERNELS = [kernel.name for kernel in bandwidth.KERNELS]
+
+
+def test_bandwidth(tmp_path, capsys):
+    assert main(["--quick", "--repeats", "1", "--bandwidth", "0.05", "0.1", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[44/44] relu_backward_add, bfloat16, 0.1 MB" in shown and "checks" not in shown
+    found = results(tmp_path, "bandwidth.json")["outcomes"]
+    row = {"float32": 256 * 32 * 4, "bfloat16": 256 * 32 * 2}  # bytes
+    heights = [("float32", 2), ("float32", 3), ("bfloat16", 3), ("bfloat16", 6)]
+    expected = [(dtype, height * row[dtype], kernel) for dtype, height in heights for kernel in KERNELS]
+    assert [(o["dtype"], o["activation_bytes"], o["kernel"]) for o in found] == expected
+    for o in found:
+        moved = (o["activations_read"] + o["activations_written"]) * o["activation_bytes"]
+        assert o["bytes_per_second"]["median"] == pytest.approx(moved / o["seconds"]["median"])
+        copied = 2 * o["activation_bytes"] / o["copy_seconds"]["median"]
+        assert o["copy_bytes_per_second"]["median"] == pytest.approx(copied)
+        assert o["ratio"]["median"] == pytest.approx(o["bytes_per_second"]["median"] / copied)
+    assert {path.name for path in tmp_path.glob("*/*")} == {"bandwidth.json", "bandwidth.png"}
+
+
+@pytest.mark.parametrize("kernel", [*bandwidth.KERNELS, bandwidth.COPY], ids=[*KERNELS, "copy"])
+def test_a_kernel_reads_and_writes_what_is_counted(kernel, device):
+    operands = bandwidth.Operands.of(1 << 18, torch.float32, device)
+    fields = {f.name: getattr(operands, f.name) for f in dataclasses.fields(operands)}
+
+    def run(**changed):
+        copies = {name: t.clone() for name, t in {**fields, **changed}.items()}
+        result = kernel.call(bandwidth.Operands(**copies))
+        return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
+
+    usual = run()
+    assert sum(t.nbytes == operands.y.nbytes for t in usual) == kernel.writes
+    # Another result with NaN in place of an operand: it was read.
+    changed = [run(**{name: torch.full_like(fields[name], torch.nan)}) for name in ("y", "grad", "shortcut", "out")]
+    assert sum(any(not torch.equal(a, b) for a, b in zip(usual, c, strict=True)) for c in changed) == kernel.reads
+
+
+def test_a_lap_goes_round_and_keeps_its_results():
+    kept = []
+
+    class Result:
+        def __init__(self, operands):
+            kept.append(operands)
+
+        def __del__(self):
+            kept.append(f"{kept[-1]} replaces")
+
+    lap = bandwidth.lap_of(bandwidth.Kernel("fake", 1, 0, Result), ["a", "b", "c"], 4)
+    lap()
+    assert kept == ["a", "b", "c", "a", "a replaces"]
+
+
+def test_bandwidth_is_bytes_over_seconds():
+    kernel = bandwidth.Kernel("fake", reads=2, writes=1, call=None)
+    times = Race({"kernel": [2.0, 4.0], "copy": [1.0, 1.0]}, others=0.0)
+    outcome = bandwidth.Outcome(bandwidth.Case(kernel, "float32", 1e6), 1_000_000, 10, times, hidden=True)
+    assert outcome.speed("kernel") == Spread.of([15e6, 7.5e6])
+    assert outcome.speed("copy") == Spread.of([20e6, 20e6])
+    assert outcome.ratio == Spread.of([0.75, 0.375])
+
+
+def test_laps_fill_the_cache():
+    assert bandwidth.calls_per_lap(1_000_000, 50_000_000) == 200
+    assert bandwidth.calls_per_lap(512_000_000, 50_000_000) == bandwidth.FEWEST_CALLS
+    assert bandwidth.calls_per_lap(1, 50_000_000) == bandwidth.MOST_CALLS
+    assert bandwidth.cache_bytes(CPU) >= 1 << 18
+
+
+@pytest.mark.cuda
+def test_a_block_on_the_gpu(tmp_path):
+    assert main([*BLOCK, "--device", "cuda", "--output", str(tmp_path)]) == 0
+    found = results(tmp_path, "residual.json", torch.device("cuda"))
+    assert found["environment"]["cuda"] == torch.version.cuda
+    cases = [(o["mode"], o["dtype"]) for o in found["outcomes"]]
+    assert cases == [(m, d) for m in ("training", "inference") for d in ("float32", "bfloat16", "float16")]
+    for o in found["outcomes"]:
+        assert o["check"]["passed"] and o["eager_seconds"]["median"] > 0 and o["fused_seconds"]["median"] > 0
+        # On the simulator there is no Triton; a GPU may do without it, too, but has to say so.
+        assert ("compiled_seconds" in o) != ("compiled" in o.get("absent", {}))
+        assert "absent" in o or not simulated()
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_a_network_on_the_gpu(tmp_path):
+    choice = ["--networks", "resnet18", "--dtype", "bfloat16", "--device", "cuda"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
+    outcomes = results(tmp_path, "residual.json", torch.device("cuda"))["outcomes"]
+    assert [(o["subject"], o["mode"]) for o in outcomes] == [("resnet18", "training"), ("resnet18", "inference")]
+    assert all(o["check"]["passed"] for o in outcomes)
+
+
+@pytest.mark.cuda
+def test_bandwidth_on_the_gpu(tmp_path, capsys):
+    choice = ["--bandwidth", "0.03", "--device", "cuda"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
+    found = results(tmp_path, "bandwidth.json", torch.device("cuda"))["outcomes"]
+    expected = [(dtype, kernel) for dtype in ("float32", "bfloat16", "float16") for kernel in KERNELS]
+    assert [(o["dtype"], o["kernel"]) for o in found] == expected
+    assert all(o["ratio"]["median"] > 0 and o["copy_seconds"]["low"] > 0 for o in found)
+    # The simulator is done before its caller goes on, so that launching takes part in its times.
+    assert not simulated() or "* the time of launching is in it" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_the_gpu_s_clock():
+    device = torch.device("cuda")
+    clock = bandwidth.DeviceClock(device, cache=1 << 20)
+    assert clock.passes >= 1 and clock.other.nbytes == bandwidth.HEAD_START_BYTES
+    x = torch.ones(1 << 20, device=device)
+    once, often = (min(clock(lambda n=n: [x.add_(1) for _ in range(n)]) for _ in range(3)) for n in (1, 100))
+    assert 10 * once < often < 1.0
+
+
 def test_nothing_selected_is_an_error(tmp_path):
     with pytest.raises(SystemExit):
         main(["--blocks", "resnet9000", "--output", str(tmp_path)])
@@ -141,19 +389,33 @@ def test_bytes_kept_counts_distinct_storages_without_parameters():
     assert bytes_kept(module, autocast) == (3 + 8 + 4) * images // 2
 
 
-def test_a_race_alternates():
+def test_a_race_takes_turns():
     calls = []
-    result = race(lambda: calls.append("e"), lambda: calls.append("f"), CPU, Effort.exactly(3))
-    assert "".join(calls) == "ef" + "ef" + "fe" + "ef"
-    assert len(result.eager_seconds) == len(result.fused_seconds) == 3
+    entrants = {letter: functools.partial(calls.append, letter) for letter in "efc"}
+    result = race(entrants, CPU, Effort.exactly(4))
+    assert "".join(calls) == "efc" + "efc" + "fce" + "cef" + "efc"
+    assert {name: len(times) for name, times in result.seconds.items()} == {"e": 4, "f": 4, "c": 4}
 
 
 def test_a_race_ends_in_time():
     def nothing():
         pass
 
-    assert len(race(nothing, nothing, CPU, Effort(0.0, fewest_rounds=2)).eager_seconds) == 2
-    assert len(race(nothing, nothing, CPU, Effort(60.0, most_rounds=5)).eager_seconds) == 5
+    assert race({"a": nothing}, CPU, Effort(0.0, fewest_rounds=2)).rounds == 2
+    assert race({"a": nothing}, CPU, Effort(60.0, most_rounds=5)).rounds == 5
+
+
+def test_a_race_with_another_clock():
+    clock = {"a": iter([1.0, 3.0]), "b": iter([4.0, 6.0])}
+    result = race({name: lambda n=name: n for name in clock}, CPU, Effort.exactly(2), lambda call: next(clock[call()]))
+    assert result.time("a").median == 2.0
+    assert result.speed("a", against="b") == Spread.of([4.0, 2.0])
+
+
+def test_others_disturb_by_the_cores_that_are_not_spare():
+    assert Race({}, others=1.5).disturbed
+    assert not Race({}, others=1.5, spare=2.0).disturbed
+    assert Race({}, others=2.5, spare=2.0).disturbed
 
 
 def test_spread_has_quartiles():
