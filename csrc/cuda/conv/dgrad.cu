@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
     staged.load(p.addend, pixel_of, s.c, first_column);
     for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
       if (row >= rows || first_column + column >= s.c) return;
-      const auto& pair = staged.pair(row, column);
+      const auto pair = staged.read(row, column);
       v0 += T::load(pair[0]);
       v1 += T::load(pair[1]);
     });
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   }
   if (!p.mask_y) {
     for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
-      staged.pair(row, column) = {T::store(v0), T::store(v1)};
+      staged.write(row, column, {T::store(v0), T::store(v1)});
     });
     staged.store(p.dx, pixel_of, s.c, first_column);
     return;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
       v0 = v1 = 0;
       return;
     }
-    const auto& y = staged.pair(row, column);
+    const auto y = staged.read(row, column);
     float* v[2] = {&v0, &v1};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -92,14 +92,14 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
       *v[e] = z <= T::kLargestZero ? 0.0f : T::load(T::store(*v[e]));  // sums are of what is stored
     }
   });
-  sums.sum(d, [](int, int, float v, int, int, int) { return v; });
-  products.sum(d, [&](int row, int column, float v, int, int, int e) {
+  sums.sum(d, [](int, int, float v, int, int) { return v; });
+  products.sum(d, [&](int row, int column, float v, int, int e) {
     if (row >= rows || first_column + column >= s.c) return 0.0f;
-    const float y = T::load(staged.pair(row, column - e % 2)[e % 2]);
+    const float y = T::load(staged.read(row, column - e)[e]);
     return v * (y - table[kMean * s.c + first_column + column]);
   });
   for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
-    staged.pair(row, column) = {T::store(v0), T::store(v1)};
+    staged.write(row, column, {T::store(v0), T::store(v1)});
   });
   auto* out = static_cast<float*>(p.sums) + blockIdx.x * int64_t{2} * s.c + first_column;
   for (int column = threadIdx.x; column < Tile::kN && first_column + column < s.c; column += Tile::kBlockThreads) {

@@ -38,8 +38,24 @@ class Staging {
 
   __device__ explicit Staging(unsigned char* shared) : values_(reinterpret_cast<Value*>(shared)) {}
 
-  __device__ Vector<Value, 2>& pair(int row, int column) {
-    return *reinterpret_cast<Vector<Value, 2>*>(values_ + row * kStride + column);
+  // Accesses to two 32-bit values are said outright: the compiler would make two of them, which meet in banks.
+  __device__ Vector<Value, 2> read(int row, int column) const {
+    const Value* from = values_ + row * kStride + column;
+    if constexpr (sizeof(Value) == 2) return load_vector<2>(from);
+    const uint2 word = ptx::load_shared_64(ptx::shared_address(from));
+    Vector<Value, 2> pair;
+    memcpy(&pair, &word, sizeof(pair));
+    return pair;
+  }
+  __device__ void write(int row, int column, const Vector<Value, 2>& pair) {
+    Value* to = values_ + row * kStride + column;
+    typename WordOf<sizeof(pair)>::Type word;
+    memcpy(&word, &pair, sizeof(pair));
+    if constexpr (sizeof(pair) == 8) {
+      ptx::store_shared_64(ptx::shared_address(to), word);
+    } else {
+      *reinterpret_cast<decltype(word)*>(to) = word;
+    }
   }
 
   // Between global memory and the tile; row r of the tile is pixel_of(r) of `channels` channels, from `first` on.
@@ -47,8 +63,8 @@ class Staging {
   template <class PixelOf>
   __device__ void load(const void* tensor, PixelOf pixel_of, int channels, int first) {
     walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
-      *reinterpret_cast<Vector<Value, kValues>*>(staged) =
-          load_vector<kValues>(static_cast<const Value*>(tensor) + offset);
+      const auto* from = reinterpret_cast<const uint4*>(static_cast<const Value*>(tensor) + offset);
+      ptx::store_shared_128(ptx::shared_address(staged), *from);
     });
     __syncthreads();
   }
@@ -87,27 +103,29 @@ class ColumnSums {
 
   __device__ explicit ColumnSums(unsigned char* shared) : shared_(reinterpret_cast<float*>(shared)) {}
 
-  // The sums of value(row, column, accumulator) become readable with total(). Ends with a barrier.
+  // The sums of value(row, column, accumulator, j, e) become readable with total(); the column is the warp's j-th
+  // fragment's, and e of the two that a thread holds. Ends with a barrier.
   template <class Value>
   __device__ void sum(Accumulators<Tile>& d, Value value) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Tile::kWarpsM;
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
+      const int column = warp_column<Tile>() + j * 8 + lane % 4 * 2;
+      float sum[2] = {};
+#pragma unroll
+      for (int i = 0; i < Tile::kFragmentsM; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_row<Tile>() + i * 16 + lane / 4 + half * 8;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) sum[e] += value(row, column + e, d[i][j][2 * half + e], j, e);
+        }
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int column = warp_column<Tile>() + j * 8 + lane % 4 * 2 + e;
-        float sum = 0;
 #pragma unroll
-        for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            sum += value(warp_row<Tile>() + i * 16 + lane / 4 + half * 8, column, d[i][j][2 * half + e], i, j,
-                         2 * half + e);
-          }
-        }
-#pragma unroll
-        for (int lanes = 16; lanes >= 4; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        if (lane < 4) shared_[warp * Tile::kN + column] = sum;
+        for (int lanes = 16; lanes >= 4; lanes /= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], lanes);
+        if (lane < 4) shared_[warp * Tile::kN + column + e] = sum[e];
       }
     }
     __syncthreads();

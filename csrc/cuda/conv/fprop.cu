@@ -32,7 +32,7 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
                                 int channels, int first) {
   ColumnSums<Tile> sums(shared), squares(shared + ColumnSums<Tile>::kBytes);
   const float inverse = 1.0f / static_cast<float>(rows);
-  sums.sum(d, [&](int row, int, float v, int, int, int) { return row < rows ? v : 0.0f; });
+  sums.sum(d, [&](int row, int, float v, int, int) { return row < rows ? v : 0.0f; });
   float mean[Tile::kFragmentsN][2];
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -42,8 +42,8 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
       mean[j][e] = sums.total(warp_column<Tile>() + j * 8 + lane % 4 * 2 + e) * inverse;
     }
   }
-  squares.sum(d, [&](int row, int, float v, int, int j, int e) {
-    const float deviation = v - mean[j][e % 2];
+  squares.sum(d, [&](int row, int, float v, int j, int e) {
+    const float deviation = v - mean[j][e];
     return row < rows ? deviation * deviation : 0.0f;
   });
   for (int column = threadIdx.x; column < Tile::kN && first + column < channels; column += Tile::kBlockThreads) {
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
     const auto* shift = static_cast<const float*>(p.affine) + kShift * s.k;
     for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
       if (row >= rows || first_column + column >= s.k) return;
-      auto& pair = staged.pair(row, column);
+      Vector<typename T::Value, 2> pair;
+      if (p.shortcut) pair = staged.read(row, column);
       float v[2] = {v0, v1};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -91,11 +92,12 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
         if (p.shortcut) v[e] += T::load(pair[e]);
         pair[e] = T::store(p.relu && v[e] < 0.0f ? 0.0f : v[e]);
       }
+      staged.write(row, column, pair);
     });
   } else {
     const auto* bias = static_cast<const float*>(p.bias);
     for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
-      auto& pair = staged.pair(row, column);
+      Vector<typename T::Value, 2> pair;
       float* v[2] = {&v0, &v1};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
         pair[e] = T::store(*v[e]);
         *v[e] = T::load(pair[e]);  // statistics are of what is stored, as eager's
       }
+      staged.write(row, column, pair);
     });
   }
   staged.store(p.y, pixel_of, s.k, first_column);

@@ -56,6 +56,23 @@ __device__ inline uint32_t load_shared_32(uint32_t shared) {
   return value;
 }
 
+__device__ inline uint2 load_shared_64(uint32_t shared) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(shared) : "memory");
+  return value;
+}
+
+// Data movement: st.shared, of 16 and 8 bytes at a multiple of as many.
+__device__ inline void store_shared_128(uint32_t shared, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ inline void store_shared_64(uint32_t shared, uint2 value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(value.x), "r"(value.y) : "memory");
+}
+
 // Data conversion: cvt.rna.tf32. Rounds a float to the 10 bits of mantissa that a TF32 mma reads.
 __device__ inline uint32_t to_tf32(uint32_t value) {
   uint32_t rounded;
