@@ -35,8 +35,13 @@ def _check_tensor(name: str, t: Tensor) -> None:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {t.dtype}")
 
 
-def _check_unit(name: str, u: Unit, channels: int) -> int:
-    """Check that ``u`` accepts ``channels`` channels; returns how many it gives."""
+def _check_unit(name: str, u: Unit, x: Tensor, channels: int) -> int:
+    """Check that ``u`` accepts ``channels`` channels on ``x``'s device; returns how many it gives."""
+    for part, fields in (("conv", ("weight", "bias")), ("norm", Norm._fields[:5])):
+        for field in fields if getattr(u, part) is not None else ():
+            tensor = getattr(getattr(u, part), field)
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"{name}.{part}.{field}: expected device {x.device}, got {tensor.device}")
     if u.conv is not None:
         weight = u.conv.weight
         if weight.dim() != 4:
@@ -93,11 +98,11 @@ def residual(
     for i, u in enumerate(units):
         if i and u.conv is None:
             raise ValueError(f"units[{i}].conv: only the first unit may come without a convolution")
-        channels = _check_unit(f"units[{i}]", u, channels)
+        channels = _check_unit(f"units[{i}]", u, x, channels)
     if isinstance(shortcut, Unit):
         if shortcut.conv is None:
             raise ValueError("shortcut.conv: expected a convolution, got None")
-        if _check_unit("shortcut", shortcut, x.shape[1]) != channels:
+        if _check_unit("shortcut", shortcut, x, x.shape[1]) != channels:
             raise ValueError(
                 f"shortcut.conv.weight: expected {channels} output channels, "
                 f"got shape {tuple(shortcut.conv.weight.shape)}"

@@ -4,7 +4,7 @@
 
 A convolution's folded weights are built on first use and rebuilt when a parameter or running statistic of it
 changes: storage, version counter, eps, dtype or layout. Writes that bypass the version counter (``tensor.data``) are
-noticed when the module next switches between training and evaluation, through :func:`forget`.
+noticed when the module next switches between training and evaluation or is moved, through :func:`forget`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 class _Folded(NamedTuple):
     key: tuple
+    sources: tuple[torch.UntypedStorage, ...]
     weight: Tensor
     bias: Tensor
     finite: bool
@@ -39,13 +40,27 @@ def forget(module: nn.Module) -> None:
         _folded.pop(child, None)
 
 
+class ForgetsFolded(nn.Module):
+    """Switching between training and evaluation drops folded weights, and so does moving to a device or a dtype."""
+
+    def train(self, mode: bool = True):
+        forget(self)
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # behind to(), cuda(), half() and the like; overridden without `recurse` by some
+        forget(self)
+        return super()._apply(*args, **kwargs)
+
+
 def available(x: Tensor, convs: Sequence[nn.Conv2d], tensors: Sequence[Tensor]) -> bool:
     """Whether oneDNN's fused convolution serves ``x``, with nothing to differentiate among ``x`` and ``tensors``.
 
     ``tensors``: every parameter, running statistic and shortcut that takes part.
     """
     dtype = compute_dtype(x)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or dtype not in _DTYPES or not ops.has_fused_convolution():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if dtype not in _DTYPES or not ops.has_fused_convolution():
         return False
     if dtype == torch.bfloat16 and not uses_packed_weights(x, convs):
         return False  # oneDNN takes plain weights in float32 alone
@@ -78,8 +93,7 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor
     c = conv_of(conv)
     n = None if norm is None else norm_of(norm)
     tensors = [t for t in (c.weight, c.bias, *(n[:4] if n is not None else ())) if t is not None]
-    # The tensors' ids and addresses are safe to compare: the modules that hold them are alive, and replacing one
-    # by another at the same address still changes the version or the id.
+    # Addresses are safe to compare: what was folded is kept, so that no other tensor comes to lie where it lay.
     key = (
         dtype,
         packed,
@@ -103,7 +117,8 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype, x: Tensor
         finite = is_finite(weight) and is_finite(bias)
         if packed:
             weight = ops.prepack_weight(weight, *c[2:], list(x.shape))
-        _folded[conv] = folded = _Folded(key, weight, bias, finite)
+        sources = tuple(t.untyped_storage() for t in tensors)
+        _folded[conv] = folded = _Folded(key, sources, weight, bias, finite)
     return folded
 
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import inference
+from resnet_fused.inference import ForgetsFolded
 from resnet_fused.modules import BasicBlock, Bottleneck, run_unit
 from resnet_fused.recognise import any_global_hooks, is_relu
 
 __all__ = ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
-class ResNet(nn.Module):
+class ResNet(ForgetsFolded):
     """A residual network (He et al. 2015) for ``[N, 3, H, W]`` images; returns ``[N, num_classes]``.
 
     Args:
@@ -98,10 +98,6 @@ class ResNet(nn.Module):
             block(outplanes, planes, 1, None, *settings, self.dilation, self._norm_layer) for _ in range(1, blocks)
         ]
         return nn.Sequential(*stage)
-
-    def train(self, mode: bool = True):
-        inference.forget(self)
-        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         fused = is_relu(self.relu) and not any_global_hooks()

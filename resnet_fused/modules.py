@@ -9,7 +9,7 @@ parametrized or replaced by something unknown makes the block run composed, by c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,11 @@ def _known(pair: Pair) -> bool:
     return (conv is None or conv_reason(conv) is None) and (is_identity(norm) or norm_reason(norm) is None)
 
 
+def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are on ``x``'s device. Elsewhere eager raises, or, for the counter of a batch norm, does not care."""
+    return all(t is None or t.device == x.device for t in tensors)
+
+
 def _promotes(x: Tensor, dtype: torch.dtype, norm: nn.Module | None) -> bool:
     """Whether eager's output would leave ``x``'s dtype, as a frozen batch norm's float32 buffers make it."""
     if norm is None or type(norm) is nn.BatchNorm2d:
@@ -68,34 +73,34 @@ def _residual(
     if not fusible(x) or not all(_known(p) for p in every):
         return None
     dtype = compute_dtype(x)
-    if isinstance(shortcut, Tensor) and (shortcut.dtype != dtype or type(shortcut) not in (Tensor, nn.Parameter)):
-        return None  # eager promotes, or a subclass decides
+    if isinstance(shortcut, Tensor) and (
+        shortcut.dtype != dtype or type(shortcut) not in (Tensor, nn.Parameter) or not _together(x, (shortcut,))
+    ):
+        return None  # eager promotes or raises, or a subclass decides
     autocast = torch.is_autocast_enabled(x.device.type)
     for conv, norm in every:
         if conv is not None and conv.weight.dtype != dtype and not autocast:
-            return None  # eager's error
-        if conv is not None and conv.weight.device != x.device:
             return None  # eager's error
         if _promotes(x, dtype, None if is_identity(norm) else norm):
             return None
     every = [(conv, None if is_identity(norm) else norm) for conv, norm in every]
 
+    convs = [None if conv is None else conv_of(conv) for conv, _ in every]
     norms = [None if norm is None else norm_of(norm) for _, norm in every]
+    tensors = [t for conv in convs if conv is not None for t in conv[:2]]
+    tensors += [t for norm in norms if norm is not None for t in norm[:5]]
+    if not _together(x, tensors):
+        return None
     frozen = all(n is None or not n.batch_statistics for n in norms)
     if frozen and current_engine() != "reference" and all(conv is not None for conv, _ in every):
-        modules = [m for pair in every for m in pair if m is not None]
-        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        if isinstance(shortcut, Tensor):
-            tensors.append(shortcut)
-        if inference.available(x, [conv for conv, _ in every], tensors):
+        involved = [t for t in (*tensors, shortcut) if isinstance(t, Tensor)]
+        if inference.available(x, [conv for conv, _ in every], involved):
             z = _infer(x, every, shortcut, projection is not None, relu, dtype)
             if z is not None:
                 return z
     if any(n is None for n in norms):
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
-    units = [
-        Unit(None if conv is None else conv_of(conv), n) for (conv, _), n in zip(every, norms, strict=True)
-    ]
+    units = [Unit(*pair) for pair in zip(convs, norms, strict=True)]
     if projection:
         shortcut = units.pop()
     elif shortcut is not None and tuple(shortcut.shape) != functional.output_shape(x, units):
@@ -190,17 +195,13 @@ def run_block(
     return z
 
 
-class _ForgetsFolded(nn.Module):
-    """Switching between training and evaluation drops folded weights; see :mod:`resnet_fused.inference`."""
+class _Fused(inference.ForgetsFolded):
+    """What :func:`resnet_fused.set_memory` sets."""
 
     memory = "default"
 
-    def train(self, mode: bool = True):
-        inference.forget(self)
-        return super().train(mode)
 
-
-class ConvBNAct2d(_ForgetsFolded):
+class ConvBNAct2d(_Fused):
     """Convolution, batch norm, optional shortcut, optional ReLU: children ``conv`` and ``bn``.
 
     Args:
@@ -257,7 +258,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
             and shortcut.dtype == x.dtype
         )
         if fusible(x) and joins and x.shape[1] == self.num_features:
-            return functional.bn_act(x, norm_of(self), self.relu, shortcut)
+            norm = norm_of(self)
+            if _together(x, (*norm[:5], shortcut)):
+                return functional.bn_act(x, norm, self.relu, shortcut)
         z = super().forward(x)
         z = z if shortcut is None else z + shortcut
         return F.relu(z) if self.relu else z
@@ -267,7 +270,7 @@ def _conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilat
     return nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
 
 
-class BasicBlock(_ForgetsFolded):
+class BasicBlock(_Fused):
     """Two 3x3 convolutions and a shortcut (He et al. 2015), with torchvision's constructor and state_dict.
 
     Shape: ``[N, inplanes, H, W]`` to ``[N, planes, H/stride, W/stride]``.
@@ -315,7 +318,7 @@ class BasicBlock(_ForgetsFolded):
         return self.relu(out)
 
 
-class Bottleneck(_ForgetsFolded):
+class Bottleneck(_Fused):
     """1x1 to fewer maps, 3x3, 1x1 back, and a shortcut (He et al. 2015, stride on the 3x3), with torchvision's
     constructor and state_dict: ResNet-50 to 152, ResNeXt, Wide ResNet, dilated.
 
@@ -362,7 +365,7 @@ class Bottleneck(_ForgetsFolded):
         return self.relu(out)
 
 
-class ResBlk(_ForgetsFolded):
+class ResBlk(_Fused):
     """The lecture's basic block: two biased 3x3 convolutions, and a 1x1 convolution with batch norm, ``extra``, where
     the shape changes.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from resnet_fused.modules import _PLAIN_SEQUENTIALS, _ForgetsFolded, run_unit
+from resnet_fused.modules import _PLAIN_SEQUENTIALS, _Fused, run_unit
 from resnet_fused.recognise import any_global_hooks, frozen_batch_norm, is_identity, is_relu
 
 __all__ = ["FusedSequential", "FusedUnit"]
@@ -64,7 +64,7 @@ def runs_of(layers: Sequence[nn.Module]) -> Iterator[tuple[int, Run]]:
         position += run.length if run is not None else 1
 
 
-class FusedSequential(_ForgetsFolded, nn.Sequential):
+class FusedSequential(_Fused, nn.Sequential):
     """``nn.Sequential`` whose convolution, batch norm and ReLU neighbours are computed together.
 
     Recognised are conv+bn+relu, conv+bn, conv+relu and bn+relu, with ``nn.Conv2d``, ``nn.BatchNorm2d`` (or
@@ -96,7 +96,7 @@ class FusedSequential(_ForgetsFolded, nn.Sequential):
 _PLAIN_SEQUENTIALS.append(FusedSequential)
 
 
-class FusedUnit(_ForgetsFolded):
+class FusedUnit(_Fused):
     """One convolution, batch norm and ReLU: the class that :func:`resnet_fused.fuse` gives a module whose
     ``forward`` is just that, such as Inception's BasicConv2d. ``conv`` or ``bn`` may be None.
 

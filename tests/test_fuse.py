@@ -72,7 +72,7 @@ def test_torchvision_networks(device, name):
     for module in eager.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # so that both runs in training see the same network
-    if not name.startswith("resnet"):  # six or seven pixels squared from average pooling one: 200 MB and more of weights
+    if not name.startswith("resnet"):  # average pooling to 49 equal pixels: 200 MB and more of weights
         channels = [m for m in eager.features if isinstance(m, nn.Conv2d)][-1].out_channels
         eager.avgpool, eager.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(channels, 10)
     fused, report = fused_copy(eager.to(device))
