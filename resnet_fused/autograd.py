@@ -193,6 +193,8 @@ class _Block(torch.autograd.Function):
         x, z, *saved = ctx.saved_tensors
         outputs, coefficients, cast = (list(saved[i * count : (i + 1) * count]) for i in range(3))
         parameters = [saved[3 * count + 4 * i : 3 * count + 4 * i + 4] for i in range(count)]
+        if not plan.units[0].convolves:
+            outputs[0] = x  # only the first unit may come without a convolution
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_backward(ctx, grad, x, z, coefficients, parameters)
 

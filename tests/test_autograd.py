@@ -11,7 +11,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import functional
-from resnet_fused.functional import Conv, Norm
+from resnet_fused.functional import Conv, Norm, Unit
 
 IN = 4
 
@@ -117,6 +117,19 @@ def test_gradients_are_the_reference_engines(device):
         assert not is_fused(block(x))
     for a, e in zip(fused, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("shortcut", [None, "identity"])
+def test_chain_that_begins_with_a_batch_norm(device, shortcut):
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(4, 4, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    vectors = [torch.rand(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(4)]
+
+    def run(x, w, *vectors):
+        units = [Unit(None, Norm(*vectors[:2])), Unit(Conv(w, padding=(1, 1)), Norm(*vectors[2:]))]
+        return functional.residual(x, units, x if shortcut else None)
+
+    assert torch.autograd.gradcheck(run, (x, w, *vectors), fast_mode=simulated())
 
 
 def test_engine_argument():

@@ -11,7 +11,8 @@ from test_modules import PAIRS, assert_policy
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused import ops
+from resnet_fused import functional, ops
+from resnet_fused.functional import Conv, Norm, Unit
 from resnet_fused.testing import FLOORS, compare_modules, errors
 
 OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
@@ -425,6 +426,19 @@ def test_identity_without_relu_and_frozen_parts():
             assert (a is None) == (b is None)
             if a is not None and b.abs().max() > 1e-2:
                 assert errors(a, b.cpu()).two_norm < 2e-2
+
+
+def test_native_convolution_behind_a_batch_norm():
+    x, weight = half(2, 16, 5, 5).to(memory_format=torch.channels_last), half(16, 16, 3, 3)
+    x, weight = (torch.randn_like(t).requires_grad_() for t in (x, weight))
+    vectors = [torch.rand(16, device="cuda", requires_grad=True) for _ in range(4)]
+    units = [Unit(None, Norm(*vectors[:2])), Unit(Conv(weight, padding=(1, 1)), Norm(*vectors[2:]))]
+    found = []
+    for engine in ("native", "library"):
+        z = functional.residual(x, units, x, engine=engine)
+        found.append([z, *torch.autograd.grad(z.float().square().sum(), (x, weight, *vectors))])
+    for a, b in zip(*found, strict=True):
+        assert errors(a, b.detach().cpu()).two_norm < 1e-2
 
 
 @pytest.mark.parametrize("allowed", [True, False])
