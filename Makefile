@@ -91,7 +91,7 @@ test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
 	GPUSIM_CHECK= tests/gpusim/bin/gpusim-run \
 	  $(PY) -m pytest --confcutdir tests/gpusim/tests tests/gpusim/tests/runtime $(TEST_ARGS)
 
-kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spilled registers and narrow accesses are errors
+kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spills, narrow accesses and no tensor cores are errors
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) $(PY) -m benchmarks.kernel_report ;; \
 	  simulator) $(MAKE) --no-print-directory $(SIMULATED) && \

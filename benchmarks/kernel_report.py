@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What nvcc made of the CUDA kernels: registers, memory accesses, occupancy. Needs no GPU.
+"""What nvcc made of the CUDA kernels: registers, memory accesses, tensor cores, occupancy. Needs no GPU.
 
-The exit status is 1 if a kernel spills registers or uses local memory, or if an instance for vectors of 16 bytes does
-not access its activations in such.
+The exit status is 1 if a kernel spills registers or uses local memory, if an instance for vectors of 16 bytes does not
+access its activations in such, or if a convolution does without tensor cores or such accesses.
 
 Shared memory that a launch asks for is not in the library: for a kernel with such, the occupancy is an upper bound.
 """
@@ -30,7 +30,14 @@ SOURCES = Path(__file__).parents[1] / "csrc"
 
 VECTOR_BYTES = 16
 VALUE_BYTES = {"Float64": 8, "Float32": 4, "BFloat16": 2, "Float16": 2}  # the storage types of types.cuh
+TENSOR_CORES = "HMMA HGMMA"  # a warp's and a warpgroup's instruction
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}  # 32 is not written
+
+# The convolutions' bodies are empty for architectures below, sm_75 for one (RESNET_FUSED_TENSOR_CORES in
+# csrc/cuda/conv/launch_conv.cuh): the kernels need instructions that those lack, and are not launched there.
+CONVOLUTIONS_FROM = 80
+# Whether the kernel writes activations: wgrad leaves partial sums, two neighbouring floats at a time.
+CONVOLUTIONS = {"fprop_kernel": True, "dgrad_kernel": True, "wgrad_kernel": False}
 
 DEFAULT_THREADS = 256  # of a block, where a kernel has no launch bound
 WARP_THREADS = 32
@@ -76,11 +83,12 @@ class Kernel:
     stack: int
     shared: int
     threads: int  # of a block
-    accesses: Counter[tuple[str, int]]  # instructions by operation and bits: ("LDG", 128)
+    instructions: Counter[tuple[str, int]]  # by operation and bits that they access: ("LDG", 128), ("HMMA", 0)
 
     def count(self, operations: str, fewest: int = 0, most: int = VECTOR_BYTES * 8) -> int:
         """How many instructions there are of these operations, with so many bits."""
-        return sum(n for (op, bits), n in self.accesses.items() if op in operations.split() and fewest <= bits <= most)
+        chosen = operations.split()
+        return sum(n for (op, bits), n in self.instructions.items() if op in chosen and fewest <= bits <= most)
 
     @property
     def local(self) -> int:
@@ -101,6 +109,16 @@ class Kernel:
     def stores(self) -> int:
         """Stores of 128 bits."""
         return self.count("STG", fewest=VECTOR_BYTES * 8)
+
+    @property
+    def tensor_cores(self) -> int:
+        """Tensor-core instructions."""
+        return self.count(TENSOR_CORES)
+
+    @property
+    def template(self) -> str:
+        """The name without template arguments."""
+        return self.name.partition("<")[0]
 
     @property
     def vector_of(self) -> int | None:
@@ -145,6 +163,13 @@ class Kernel:
             # Coefficients have 32 bits or more, so that whatever is narrower is an activation.
             if self.vector_of == 2 and self.narrow:
                 found.append(f"{self.narrow} global accesses of 8 or 16 bits")
+        if self.template in CONVOLUTIONS and int(re.sub(r"\D", "", self.arch)) >= CONVOLUTIONS_FROM:
+            if not self.tensor_cores:
+                found.append("no tensor-core instruction")
+            if not self.loads:
+                found.append("no 128-bit load")
+            if not self.stores and CONVOLUTIONS[self.template]:
+                found.append("no 128-bit store")
         return [f"{self.arch} {self.name}: {violation}" for violation in found]
 
 
@@ -159,7 +184,7 @@ RESOURCE_HEADER = re.compile(r" Function (\S+):")
 ATTRIBUTE_HEADER = re.compile(r"\.nv\.info\.(\S+)")
 SASS_HEADER = re.compile(r"\s+Function : (\S+)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-ACCESS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|LDGSTS|STG|LDL|STL)((?:\.\w+)*) ")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|LDGSTS|STG|LDL|STL|HMMA|HGMMA)((?:\.\w+)*) ")
 
 
 def of_kernels(lines: Iterable[str], header: re.Pattern[str]) -> Iterator[tuple[Key, str]]:
@@ -186,15 +211,15 @@ def launch_bounds(lines: Iterable[str]) -> dict[Key, int]:
     return bounds
 
 
-def memory_accesses(lines: Iterable[str]) -> dict[Key, Counter[tuple[str, int]]]:
+def counted_instructions(lines: Iterable[str]) -> dict[Key, Counter[tuple[str, int]]]:
     """Instructions by operation and bits, from the output of ``cuobjdump -sass``."""
-    accesses: dict[Key, Counter[tuple[str, int]]] = defaultdict(Counter)
+    instructions: dict[Key, Counter[tuple[str, int]]] = defaultdict(Counter)
     for key, line in of_kernels(lines, SASS_HEADER):
-        found = ACCESS.match(line)
-        if found:
-            bits = [ACCESS_BITS[part] for part in found[2].split(".") if part in ACCESS_BITS]
-            accesses[key][found[1], bits[0] if bits else 32] += 1
-    return accesses
+        if found := INSTRUCTION.match(line):
+            written = [ACCESS_BITS[part] for part in found[2].split(".") if part in ACCESS_BITS]
+            bits = 0 if found[1] in TENSOR_CORES.split() else written[0] if written else 32
+            instructions[key][found[1], bits] += 1
+    return instructions
 
 
 def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[str]) -> list[Kernel]:
@@ -203,7 +228,7 @@ def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[st
     for key, line in of_kernels(resources, RESOURCE_HEADER):
         if usage := RESOURCES.search(line):
             found[key] = [int(value) for value in usage.groups()]
-    bounds, accesses = launch_bounds(attributes), memory_accesses(sass)
+    bounds, instructions = launch_bounds(attributes), counted_instructions(sass)
     names = demangled({name for _, name in found})
     kernels = [
         Kernel(
@@ -213,7 +238,7 @@ def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[st
             stack=stack + local,
             shared=own_shared(arch, shared),
             threads=bounds.get((arch, name), DEFAULT_THREADS),
-            accesses=accesses[arch, name],
+            instructions=instructions[arch, name],
         )
         for (arch, name), (registers, stack, shared, local) in found.items()
     ]
@@ -281,11 +306,12 @@ def read(cuobjdump: Path, library: Path, arch: str | None = None) -> list[Kernel
 def kernel_table(kernels: Iterable[Kernel]) -> str:
     header = (
         *("kernel", "arch", "registers", "shared", "stack", "local", "128-bit loads", "stores", "8, 16 bits"),
-        *("threads", "blocks", "occupancy"),
+        *("HMMA, HGMMA", "threads", "blocks", "occupancy"),
     )
     rows = []
     for k in kernels:
-        counts = (k.registers, k.shared, k.stack, k.local, k.loads, k.stores, k.narrow, k.threads)
+        accesses = (k.stack, k.local, k.loads, k.stores, k.narrow)
+        counts = (k.registers, k.shared, *accesses, k.tensor_cores, k.threads)
         blocks, share = k.occupancy or (None, None)
         full = ("?", "?") if blocks is None else (str(blocks), f"{share:.0%}")
         rows.append((k.name, k.arch, *map(str, counts), *full))
@@ -312,6 +338,18 @@ def summary_table(kernels: Iterable[Kernel]) -> str:
     return table(header, rows)
 
 
+def first_violations(kernels: Iterable[Kernel]) -> list[str]:
+    """The first of each template and architecture, and how many follow: one mistake shows in every instance."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for kernel in kernels:
+        groups[kernel.arch, kernel.template] += kernel.violations
+    return [
+        group[0] + (f" (and {len(group) - 1} more of {template})" if len(group) > 1 else "")
+        for (_, template), group in groups.items()
+        if group
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report on the library that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.partition("\n")[0])
@@ -329,15 +367,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         kernels = read(cuobjdump, library, options.arch)
     except subprocess.CalledProcessError as error:
-        raise SystemExit(error.stderr.strip()) from None
+        raise SystemExit(error.stderr.strip().partition("\n")[0]) from None
     if not kernels:
         raise SystemExit(f"{library} holds no CUDA kernels" + (f" for {options.arch}" if options.arch else ""))
 
     print(kernel_table(kernels), "", summary_table(kernels), "", sep="\n")
-    violations = [violation for kernel in kernels for violation in kernel.violations]
-    print(*(f"violation: {violation}" for violation in violations), sep="\n", end="\n" if violations else "")
-    print(f"{len(violations) or 'no'} violations in {len(kernels)} kernels of {library}")
-    return 1 if violations else 0
+    shown = first_violations(kernels)
+    print(*(f"violation: {violation}" for violation in shown), sep="\n", end="\n" if shown else "")
+    count = sum(len(kernel.violations) for kernel in kernels)
+    print(f"{count or 'no'} violations in {len(kernels)} kernels of {library}")
+    return 1 if count else 0
 
 
 if __name__ == "__main__":

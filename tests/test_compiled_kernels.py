@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What nvcc made of the CUDA kernels spills no registers and moves activations in 16 bytes; the report sees if not."""
+"""What nvcc made of the CUDA kernels spills no registers, moves activations in 16 bytes and multiplies on tensor cores;
+the report sees if not.
+"""
 
 import re
 import shutil
@@ -13,7 +15,14 @@ import pytest
 # Appended, so that the package is still imported from where it is installed.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.kernel_report import Kernel, find_cuobjdump, kernel_table, parse, read  # noqa: E402
+from benchmarks.kernel_report import (  # noqa: E402
+    Kernel,
+    find_cuobjdump,
+    first_violations,
+    kernel_table,
+    parse,
+    read,
+)
 from resnet_fused import _C  # noqa: E402
 
 needs_names = pytest.mark.skipif(not shutil.which("c++filt"), reason="no c++filt, which comes with a C++ compiler")
@@ -128,11 +137,14 @@ def parsed(sass: str = SASS) -> dict[str, Kernel]:
 def test_the_table():
     header, _, *rows = kernel_table(parsed().values()).splitlines()
     found = [dict(zip(re.split(" {2,}", header), re.split(" {2,}", row), strict=True)) for row in rows]
-    columns = ("kernel", "arch", "registers", "shared", "stack", "local", "128-bit loads", "stores", "8, 16 bits")
+    columns = (
+        *("kernel", "arch", "registers", "shared", "stack", "local", "128-bit loads", "stores", "8, 16 bits"),
+        "HMMA, HGMMA",
+    )
     assert [tuple(row[name] for name in columns) for row in found] == [
-        ("statistics_rows<Float32, 4>", "sm_80", "64", "8192", "8", "3", "1", "0", "0"),
-        ("elementwise_rows<Apply<BFloat16, kPlain>, 8>", "sm_90a", "108", "2304", "0", "0", "2", "1", "0"),
-        ("increment", "sm_90a", "8", "0", "0", "0", "0", "0", "0"),
+        ("statistics_rows<Float32, 4>", "sm_80", "64", "8192", "8", "3", "1", "0", "0", "0"),
+        ("elementwise_rows<Apply<BFloat16, kPlain>, 8>", "sm_90a", "108", "2304", "0", "0", "2", "1", "0", "0"),
+        ("increment", "sm_90a", "8", "0", "0", "0", "0", "0", "0", "0"),
     ]
     # 512 threads of 64 registers, 256 of 108, and 256 of 8, where no launch bound is known.
     assert [(row["threads"], row["blocks"], row["occupancy"]) for row in found] == [
@@ -171,6 +183,60 @@ def test_vector_kernels_may_have_no_narrow_accesses(access, instead, violations)
     assert kernel.violations == [f"{name}: {violation}" for violation in violations]
 
 
+# From what cuobjdump printed about a convolution for sm_80.
+CONVOLUTION = """
+        /*0f70*/                   LDGSTS.E.BYPASS.128 [R11], [R2.64], P1 ;                  /* 0x00000000020b7fae */
+        /*2d00*/                   HMMA.16816.F32.BF16 R28, R40, R44.reuse, R28 ;            /* 0x0000002c281c723c */
+        /*2d10*/                   HMMA.16816.F32.BF16 R24, R36, R44, R24 ;                  /* 0x0000002c2418723c */
+        /*3db0*/                   STG.E.128.STRONG.SM [R36.64], R16 ;                       /* 0x0000001024007986 */
+"""
+
+
+def convolution(arch: str, name: str, sass: str) -> Kernel:
+    """The kernel `name` of one architecture with these instructions."""
+    resources = f"arch = {arch}\n Function {name}:\n  REG:126 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:560\n"
+    (kernel,) = parse(resources.splitlines(), [], f"arch = {arch}\n\t\tFunction : {name}\n{sass}".splitlines())
+    return kernel
+
+
+@needs_names
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("name", ["fprop_kernel", "dgrad_kernel", "wgrad_kernel"])
+@pytest.mark.parametrize(
+    ("instruction", "instead", "violation"),
+    [
+        ("HMMA.16816.F32.BF16 ", "HGMMA.64x128x16.F32.BF16 ", None),
+        ("HMMA.16816.F32.BF16 ", "FFMA ", "no tensor-core instruction"),
+        ("LDGSTS.E.BYPASS.128 ", "LDGSTS.E.64 ", "no 128-bit load"),
+        ("STG.E.128.", "STG.E.64.", "no 128-bit store"),
+    ],
+)
+def test_convolutions_use_tensor_cores_and_wide_accesses(arch, name, instruction, instead, violation):
+    kernel = convolution(arch, name, CONVOLUTION)
+    assert kernel.tensor_cores == 2 and not kernel.violations
+    assert instruction in CONVOLUTION
+    kernel = convolution(arch, name, CONVOLUTION.replace(instruction, instead))
+    # wgrad stores partial sums, no activations.
+    flagged = violation and not (name == "wgrad_kernel" and "store" in violation)
+    assert kernel.violations == ([f"{arch} {name}: {violation}"] if flagged else [])
+
+
+@needs_names
+def test_convolutions_without_a_body():
+    """Expected where the architecture lacks the instructions, and wrong where it has them."""
+    assert not convolution("sm_75", "fprop_kernel", "").violations
+    assert len(convolution("sm_80", "fprop_kernel", "").violations) == 3
+
+
+def test_of_many_violations_the_first_is_shown():
+    kernels = [Kernel("sm_80", f"dgrad_kernel<{i}>", 32, 0, 0, 256, Counter()) for i in range(2)]
+    kernels.append(Kernel("sm_80", "increment", 32, 8, 0, 256, Counter()))
+    assert first_violations(kernels) == [
+        "sm_80 dgrad_kernel<0>: no tensor-core instruction (and 5 more of dgrad_kernel)",
+        "sm_80 increment: a stack frame of 8 bytes",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "threads", "blocks"),
     [
@@ -197,5 +263,5 @@ def test_the_library_under_test():
         pytest.skip("no cuobjdump, which comes with the CUDA toolkit and with Triton")
     kernels = read(cuobjdump, Path(_C.__file__))
     assert any(kernel.vector_of for kernel in kernels)
-    violations = [violation for kernel in kernels for violation in kernel.violations]
+    violations = first_violations(kernels)
     assert not violations, "\n".join(violations)
