@@ -42,7 +42,7 @@ TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 WHERE := $(PY) tests/gpusim/where.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-cuda test-gpusim kernel-report simulate where build lint clean preflight
+.PHONY: help bench test test-cuda test-gpusim kernel-report counted-cost simulate where build lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,10 +74,13 @@ where: $(BUILT)  ## say where the CUDA kernels can be tested: gpu, simulator, or
 	@$(WHERE)
 
 # The copy of the package comes first on Python's path: by its place, and by the working directory, which
-# `python -m` puts in front. Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
+# `python -m` puts in front.
+ENTER_SIMULATED = python=$$($(PY) -c 'import sys; print(sys.executable)') && cd build/simulated && \
+	export PYTHONPATH="$$PWD:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+
+# Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
 simulate: $(SIMULATED)
-	@python=$$($(PY) -c 'import sys; print(sys.executable)') && cd build/simulated && \
-	export PYTHONPATH="$$PWD:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" && \
+	@$(ENTER_SIMULATED) && \
 	for device in $(SIM_DEVICES); do \
 	  echo "The CUDA kernels on a simulated $$device ($(SIM_TESTS)):"; status=0; \
 	  GPUSIM_DEVICE=$$device $(CURDIR)/tests/gpusim/bin/gpusim-run \
@@ -97,6 +100,13 @@ kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spills, narr
 	  simulator) $(MAKE) --no-print-directory $(SIMULATED) && \
 	    $(PY) -m benchmarks.kernel_report --library build/simulated/resnet_fused/_C.*.so ;; \
 	  *) echo "The CUDA kernels can't be compiled here: $$where." && exit 1 ;; \
+	esac
+
+counted-cost: $(BUILT)  ## count what the CUDA kernels move and multiply, on a simulated A100
+	@where=$$($(WHERE)) && case $$where in \
+	  simulator) $(MAKE) --no-print-directory $(SIMULATED) && $(ENTER_SIMULATED) && \
+	    GPUSIM_DEVICE=a100 $(CURDIR)/tests/gpusim/bin/gpusim-run $$python -m benchmarks.counted_cost ;; \
+	  *) echo "This is for the simulator, which is used where there is no GPU: $$where." && exit 1 ;; \
 	esac
 
 build: $(BUILT)  ## set up the environment and build the extension in place
