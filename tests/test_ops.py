@@ -115,11 +115,12 @@ def test_statistics_with_large_mean(kernels, layout):
     assert errors(m2, expected_m2).maximum < 1e-4  # E[x^2] - E[x]^2 in float32 is off by 6e-2 here
 
 
+@pytest.mark.parametrize("value", [1234.567, 1e20])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_of_a_constant_are_exact(kernels, layout):
-    y = torch.full((2, 5, 9, 11), 1234.567).contiguous(memory_format=layout)
+def test_statistics_of_a_constant_are_exact(kernels, layout, value):
+    y = torch.full((2, 5, 9, 11), value).contiguous(memory_format=layout)
     for _, mean, m2 in kernels.bn_statistics(y):
-        assert torch.equal(mean, torch.full((5,), 1234.567)) and not m2.any()
+        assert torch.equal(mean, torch.full((5,), value)) and not m2.any()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])

@@ -25,7 +25,7 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values
+constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values; the same for float32
 constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
 constexpr int64_t kMostTaps = 7;         // per dimension
 
@@ -84,6 +84,8 @@ ConvShape conv_shape(IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntA
   const int64_t q = output_size(s.w, s.pad_w, s.dilation_w, s.s, s.stride_w);
   TORCH_CHECK_VALUE(p >= 1 && q >= 1, "x: expected a plane of at least the filter's extent, got ", x, " for weight ",
                     weight);
+  TORCH_CHECK_VALUE(p * q * s.n <= std::numeric_limits<int>::max(), "x: expected fewer than 2^31 output pixels, got ", x,
+                    " with padding ", padding);
   s.p = static_cast<int>(p), s.q = static_cast<int>(q);
   return s;
 }

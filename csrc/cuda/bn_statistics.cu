@@ -40,7 +40,7 @@ __device__ void merge_held(const Vector<typename T::Value, kWidth> (&raw)[kHeld]
     }
     const Acc delta = held_mean - mean[e];
     mean[e] = fma(delta, weight, mean[e]);
-    m2[e] += fma(delta * delta, count * weight, squares);
+    m2[e] += fma(delta * weight, delta * count, squares);
   }
   count += held;
 }

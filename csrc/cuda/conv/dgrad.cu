@@ -33,14 +33,16 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   extern __shared__ __align__(128) unsigned char shared[];
   const ConvShape& s = p.shape;
   ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.k);
-  fill_tables<Prologue>(tables, p.grad.backward_coefficients, s.k);
+  fill_tables<Prologue>(tables, p.grad.backward_coefficients, s.k, 0, s.k);
   __syncthreads();
 
-  const SubProblem part = dgrad_sub_problem(s, blockIdx.x, Tile::kM);
+  // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
+  const unsigned column_tiles = ceil_div(s.c, Tile::kN), row_tile = blockIdx.x / column_tiles;
+  const SubProblem part = dgrad_sub_problem(s, row_tile, Tile::kM);
   const Gather gh = dgrad_gather(s.p, s.stride_h, s.pad_h, s.dilation_h, s.r, part.parity_h);
   const Gather gw = dgrad_gather(s.q, s.stride_w, s.pad_w, s.dilation_w, s.s, part.parity_w);
   const PixelGrid grid{s.n, with_parity(s.h, s.stride_h, part.parity_h), with_parity(s.w, s.stride_w, part.parity_w)};
-  const int first_column = blockIdx.y * Tile::kN;
+  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
   typename Parts::A a(p.grad.g, p.grad.y, tables, gh, gw, s.k, grid, part.first_row);
   typename Parts::B b(p.weight, s, gh, gw, first_column);
   Accumulators<Tile> d = {};
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
     staged.write(row, column, {T::store(v0), T::store(v1)});
   });
-  auto* out = static_cast<float*>(p.sums) + blockIdx.x * int64_t{2} * s.c + first_column;
+  auto* out = static_cast<float*>(p.sums) + row_tile * int64_t{2} * s.c + first_column;
   for (int column = threadIdx.x; column < Tile::kN && first_column + column < s.c; column += Tile::kBlockThreads) {
     out[column] = sums.total(column);
     out[s.c + column] = products.total(column);
@@ -118,7 +120,7 @@ cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
     return dispatch_tile(dgrad_tile(s), [&](auto tile) {
       using T = decltype(t);
       using Tile = decltype(tile);
-      const dim3 grid(static_cast<unsigned>(dgrad_tiles(s)), static_cast<unsigned>(ceil_div(s.c, Tile::kN)));
+      const dim3 grid(static_cast<unsigned>(dgrad_tiles(s) * ceil_div(s.c, Tile::kN)));
       const auto launch = [&](auto prologue) {
         using Prologue = decltype(prologue);
         return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue>, p, grid, Tile::kBlockThreads,

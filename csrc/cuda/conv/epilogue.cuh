@@ -9,23 +9,6 @@
 
 namespace resnet_fused::cuda {
 
-// body(row, column, v0, v1): the two neighbouring columns that a thread holds at a time.
-template <class Tile, class Body>
-__device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kFragmentsN; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        body(warp_row<Tile>() + i * 16 + lane / 4 + e * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2, d[i][j][2 * e],
-             d[i][j][2 * e + 1]);
-      }
-    }
-  }
-}
-
 // A tile of the output in shared memory. Rows are padded by eight values: the pairs that are accessed at a time, of a
 // warp (16 bits) or half a warp (32 bits), then fall into different banks.
 template <class T, class Tile>

@@ -61,12 +61,14 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
   extern __shared__ __align__(128) unsigned char shared[];
   const ConvShape& s = p.shape;
   ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.c);
-  fill_tables<Prologue>(tables, p.coefficients, s.c);
+  fill_tables<Prologue>(tables, p.coefficients, s.c, 0, s.c);
   __syncthreads();
 
   const PixelGrid grid{s.n, s.p, s.q};
-  const int64_t first_row = int64_t{blockIdx.x} * Tile::kM;
-  const int first_column = blockIdx.y * Tile::kN;
+  // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
+  const unsigned column_tiles = ceil_div(s.k, Tile::kN), row_tile = blockIdx.x / column_tiles;
+  const int64_t first_row = int64_t{row_tile} * Tile::kM;
+  const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
   typename Parts::A a(p.x, nullptr, tables, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
                       fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
   typename Parts::B b(p.weight, s, first_column);
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
   if constexpr (!kInference) {
     if (p.statistics) {
       tile_statistics<Tile>(d, shared + Parts::Staged::kBytes, rows,
-                            static_cast<float*>(p.statistics) + blockIdx.x * int64_t{kStatisticsRows} * s.k, s.k,
+                            static_cast<float*>(p.statistics) + row_tile * int64_t{kStatisticsRows} * s.k, s.k,
                             first_column);
     }
   }
@@ -127,7 +129,7 @@ cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
     return dispatch_tile(fprop_tile(s), [&](auto tile) {
       using T = decltype(t);
       using Tile = decltype(tile);
-      const dim3 grid(static_cast<unsigned>(fprop_tiles(s)), static_cast<unsigned>(ceil_div(s.k, Tile::kN)));
+      const dim3 grid(static_cast<unsigned>(fprop_tiles(s) * ceil_div(s.k, Tile::kN)));
       const auto launch = [&](auto prologue, auto inference) {
         using Prologue = decltype(prologue);
         return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid,

@@ -46,13 +46,14 @@ template <class Params>
 cudaError_t launch_conv(void (*kernel)(const Params), const Params& p, dim3 grid, int threads, int shared_bytes,
                         cudaStream_t stream) {
   int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 8) return cudaErrorNoKernelImageForDevice;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess && major < 8) status = cudaErrorNoKernelImageForDevice;
   // More than 48 KB have to be asked for.
-  const cudaError_t allowed =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (allowed != cudaSuccess) return allowed;
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (status != cudaSuccess) return status;
   kernel<<<grid, threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }

@@ -26,9 +26,10 @@ class ChannelTables {
 
   __device__ ChannelTables(float* shared, int channels) : shared_(shared), half_(half(channels)), channels_(channels) {}
 
-  // Every thread of the block has to call it; followed by a barrier before the tables are read.
-  __device__ void fill(int table, const float* source) {
-    for (int c = threadIdx.x; c < channels_; c += blockDim.x) *at(table, c) = source[c];
+  // The first `count` channels of a table. Every thread of the block has to call it; followed by a barrier before the
+  // tables are read.
+  __device__ void fill(int table, const float* source, int count) {
+    for (int c = threadIdx.x; c < channels_ && c < count; c += blockDim.x) *at(table, c) = source[c];
   }
   // kCount: 4 or 8, and `channel` a multiple of it.
   template <int kCount>
@@ -56,13 +57,23 @@ struct Raw {
   static constexpr int kSources = 1, kTables = 0;
 };
 
-// kFirstRow: of the coefficients table; its kTables rows follow each other.
-//
+// A prologue's coefficients are kTables rows of a table, from kFirstRow on.
+
 // relu(scale*v + shift): the batch norm and ReLU in front of a convolution.
 struct AffineRelu {
   static constexpr int kSources = 1, kTables = 2;
   static constexpr int kFirstRow = kScale;
   static_assert(kShift == kScale + 1);
+
+  template <class T, int kValues>
+  static __device__ void apply(Vector<typename T::Value, kValues>& v, const Vector<typename T::Value, kValues>&,
+                               const float (&c)[kTables][kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const float z = fmaf(c[0][i], T::load(v[i]), c[1][i]);
+      v[i] = T::store(z < 0.0f ? 0.0f : z);  // a NaN passes, as in eager
+    }
+  }
 };
 
 // a*g + b*y + c: the gradient behind a batch norm, from g and y.
@@ -70,48 +81,26 @@ struct BackwardAffine {
   static constexpr int kSources = 2, kTables = 3;
   static constexpr int kFirstRow = kA;
   static_assert(kB == kA + 1 && kC == kA + 2);
+
+  template <class T, int kValues>
+  static __device__ void apply(Vector<typename T::Value, kValues>& g, const Vector<typename T::Value, kValues>& y,
+                               const float (&c)[kTables][kValues]) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      g[i] = T::store(fmaf(c[0][i], T::load(g[i]), fmaf(c[1][i], T::load(y[i]), c[2][i])));
+    }
+  }
 };
 
+// Fills the tables with `count` channels from `first` on, of the `channels` that there are.
 template <class Prologue>
-__device__ void fill_tables(ChannelTables& tables, const void* coefficients, int channels) {
+__device__ void fill_tables(ChannelTables& tables, const void* coefficients, int channels, int first, int count) {
   if constexpr (Prologue::kTables > 0) {
+    const auto* source = static_cast<const float*>(coefficients) + Prologue::kFirstRow * channels + first;
+    const int left = channels - first;
 #pragma unroll
-    for (int t = 0; t < Prologue::kTables; ++t) {
-      tables.fill(t, static_cast<const float*>(coefficients) + (Prologue::kFirstRow + t) * channels);
-    }
+    for (int t = 0; t < Prologue::kTables; ++t) tables.fill(t, source + t * channels, count < left ? count : left);
   }
-}
-
-template <class T>
-using Chunk = Vector<typename T::Value, kChunkValues<T>>;
-
-// In place; `other` is the second source's chunk.
-template <class T, class Prologue>
-__device__ void transform_chunk(unsigned char* chunk, const unsigned char* other, const ChannelTables& tables,
-                                int channel) {
-  constexpr int kValues = kChunkValues<T>;
-  auto v = load_vector<kValues>(reinterpret_cast<const typename T::Value*>(chunk));
-  if constexpr (Prologue::kTables == 2) {
-    float scale[kValues], shift[kValues];
-    tables.read(0, channel, scale);
-    tables.read(1, channel, shift);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const float z = fmaf(scale[i], T::load(v[i]), shift[i]);
-      v[i] = T::store(z < 0.0f ? 0.0f : z);  // a NaN passes, as in eager
-    }
-  } else {
-    const auto y = load_vector<kValues>(reinterpret_cast<const typename T::Value*>(other));
-    float a[kValues], b[kValues], c[kValues];
-    tables.read(0, channel, a);
-    tables.read(1, channel, b);
-    tables.read(2, channel, c);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      v[i] = T::store(fmaf(a[i], T::load(v[i]), fmaf(b[i], T::load(y[i]), c[i])));
-    }
-  }
-  *reinterpret_cast<Chunk<T>*>(chunk) = v;
 }
 
 // ---- chunks of one thread --------------------------------------------------------------------------------------
@@ -155,14 +144,25 @@ class Copier {
     }
   }
 
-  // `channel`: of this thread's column of chunks in this stage.
+  // `channel`: of this thread's column of chunks in this stage, as the tables count.
   __device__ void transform(unsigned char* stage, int slot, int channel) const {
     if constexpr (Prologue::kTables > 0) {
+      const uint32_t valid = valid_ >> (slot * Dealt::kChunks) & ((1u << Dealt::kChunks) - 1);
+      if (valid == 0) return;  // among others where the channel doesn't exist
+      using Chunk = Vector<typename T::Value, kChunkValues<T>>;
+      float coefficients[Prologue::kTables][kChunkValues<T>];
+#pragma unroll
+      for (int t = 0; t < Prologue::kTables; ++t) tables_.read(t, channel, coefficients[t]);
 #pragma unroll
       for (int i = 0; i < Dealt::kChunks; ++i) {
-        if (valid_ >> (slot * Dealt::kChunks + i) & 1) {
-          unsigned char* chunk = stage + Dealt::offset(i);
-          transform_chunk<T, Prologue>(chunk, chunk + Layout::kBytes, tables_, channel);
+        if (valid >> i & 1) {
+          auto* chunk = reinterpret_cast<Chunk*>(stage + Dealt::offset(i));
+          Chunk v = *chunk, other = v;
+          if constexpr (Prologue::kSources == 2) {
+            other = *reinterpret_cast<const Chunk*>(stage + Layout::kBytes + Dealt::offset(i));
+          }
+          Prologue::template apply<T>(v, other, coefficients);
+          *chunk = v;
         }
       }
     }
@@ -233,7 +233,7 @@ class GatheredPixels {
       const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-      const int64_t pixel = image_[i] + h * gw_.size + w;
+      const int64_t pixel = image_[i] + int64_t{h} * gw_.size + w;
       copies_.copy(stage, slot, i, pixel * channels_ + channel, inside && channel < channels_);
     }
     walk_.advance();
@@ -324,7 +324,7 @@ class WeightColumns {
 // ---- the reduction over pixels: wgrad --------------------------------------------------------------------------
 
 // Columns are channels of an NHWC tensor, the reduction runs over output pixels [begin, end), which read it at one
-// tap. Serves both operands: dy's tap is the pixel itself.
+// tap. Serves both operands: dy's tap is the pixel itself. The tables hold the block's own channels.
 template <class T, class Tile, int kExtent, class Prologue, int kStages>
 class PixelColumns {
  public:
@@ -365,8 +365,7 @@ class PixelColumns {
   }
 
   __device__ void transform(unsigned char* stage, int slot) {
-    // A column beyond the channels has nothing valid to transform.
-    copies_.transform(stage, slot, channel_ < channels_ ? channel_ : 0);
+    copies_.transform(stage, slot, Copies::Dealt::column() * kChunkValues<T>);
   }
 
  private:

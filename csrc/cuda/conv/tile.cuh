@@ -2,8 +2,8 @@
 // Copyright (c) the resnet_fused authors
 //
 // Operand tiles in shared memory: where a 16-byte chunk lies, and how a warp reads its mma fragments. Chunks are XOR-
-// swizzled so that neither the copies in (a quarter warp writes 128 contiguous bytes) nor ldmatrix (eight rows of one
-// column of chunks) meet in a bank.
+// swizzled so that neither the copies in (a quarter warp writes 128 contiguous bytes) nor a fragment's reads (ldmatrix:
+// eight rows of one column of chunks; float32 that is transposed: four rows of eight values) meet in a bank.
 #pragma once
 
 #include "../device/ptx.cuh"
@@ -112,18 +112,18 @@ __device__ int warp_column() {
   return threadIdx.x / 32 / Tile::kWarpsM * Tile::kWarpN;
 }
 
-// body(row in the tile, column in the tile, accumulator) for every element that this thread holds.
+// body(row, column, v0, v1): the two neighbouring columns that a thread holds at a time.
 template <class Tile, class Body>
-__device__ void for_each_element(Accumulators<Tile>& d, Body body) {
+__device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        body(warp_row<Tile>() + i * 16 + lane / 4 + e / 2 * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2 + e % 2,
-             d[i][j][e]);
+      for (int e = 0; e < 2; ++e) {
+        body(warp_row<Tile>() + i * 16 + lane / 4 + e * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2, d[i][j][2 * e],
+             d[i][j][2 * e + 1]);
       }
     }
   }

@@ -18,9 +18,8 @@ struct Wgrad {
   using B = PixelColumns<T, Tile, Tile::kN, PrologueB, kStages>;
   static constexpr int kRing = kRingBytes<A, B, kStages>;
 
-  static int shared_bytes(const ConvShape& s) {
-    return kRing + ChannelTables::bytes(PrologueA::kTables, s.k) + ChannelTables::bytes(PrologueB::kTables, s.c);
-  }
+  static constexpr int kSharedBytes = kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) +
+                                      ChannelTables::bytes(PrologueB::kTables, Tile::kN);
 };
 
 // Grid: rows of tiles, columns of tiles, splits.
@@ -31,14 +30,15 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   extern __shared__ __align__(128) unsigned char shared[];
   const ConvShape& s = p.shape;
   auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
-  ChannelTables tables_a(memory, s.k), tables_b(memory + ChannelTables::floats(PrologueA::kTables, s.k), s.c);
-  fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k);
-  fill_tables<PrologueB>(tables_b, p.coefficients, s.c);
-  __syncthreads();
-
   const int channel_tiles = (s.c + Tile::kN - 1) / Tile::kN;
   const int tap = blockIdx.y / channel_tiles, first_column = blockIdx.y % channel_tiles * Tile::kN;
   const int first_row = blockIdx.x * Tile::kM;
+  ChannelTables tables_a(memory, Tile::kM);
+  ChannelTables tables_b(memory + ChannelTables::floats(PrologueA::kTables, Tile::kM), Tile::kN);
+  fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k, first_row, Tile::kM);
+  fill_tables<PrologueB>(tables_b, p.coefficients, s.c, first_column, Tile::kN);
+  __syncthreads();
+
   const PixelGrid grid{s.n, s.p, s.q};
   // Splits are cut at whole stages.
   const int64_t stages = (grid.pixels() + kTileK<T> - 1) / kTileK<T>;
@@ -57,21 +57,10 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK<T> - 1) / kTileK<T>), d);
 
   float* out = p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-    for (int j = 0; j < Tile::kFragmentsN; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int k = first_row + warp_row<Tile>() + i * 16 + lane / 4 + e * 8;
-        const int c = first_column + warp_column<Tile>() + j * 8 + lane % 4 * 2;
-        if (k < s.k && c < s.c) {
-          store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {d[i][j][2 * e], d[i][j][2 * e + 1]});
-        }
-      }
-    }
-  }
+  for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+    const int k = first_row + row, c = first_column + column;
+    if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {v0, v1});
+  });
 #endif
 }
 
@@ -120,7 +109,7 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
         using PrologueA = decltype(a);
         using PrologueB = decltype(b);
         return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
-                                        Wgrad<T, Tile, PrologueA, PrologueB>::shared_bytes(s), stream);
+                                        Wgrad<T, Tile, PrologueA, PrologueB>::kSharedBytes, stream);
       };
       if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
       return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});

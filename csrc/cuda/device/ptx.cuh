@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// PTX instructions, one function each (PTX ISA, sections named). All need compute capability 8.0.
+// PTX instructions, one function each (PTX ISA, sections named). cp.async, mma and cvt to TF32 need compute capability
+// 8.0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +15,17 @@ namespace resnet_fused::cuda::ptx {
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Data movement: st.global, of 16 and 8 bytes at a multiple of as many.
+__device__ inline void store_global_128(void* global, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ inline void store_global_64(void* global, uint2 value) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(value.x), "r"(value.y) : "memory");
 }
 
 // Data movement: cp.async. 16 bytes to shared memory, past the registers; zeros where `valid` is false, and then

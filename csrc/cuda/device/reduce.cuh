@@ -64,7 +64,7 @@ struct Moments {
     const Acc weight = other.count / sum;
     const Acc delta = other.mean - mean;
     mean = fma(delta, weight, mean);
-    m2 += fma(delta * delta, count * weight, other.m2);
+    m2 += fma(delta * weight, delta * count, other.m2);
     count = sum;
   }
 

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "ptx.cuh"
+
 namespace resnet_fused::cuda {
 
 inline constexpr int kVectorBytes = 16;
@@ -60,8 +62,14 @@ __device__ void store_vector(Value* p, const Vector<Value, kWidth>& v) {
   using Word = typename WordOf<sizeof(Value) * kWidth>::Type;
   Word word;
   memcpy(&word, &v, sizeof(word));
-  // Said outright (st.global.wb is the default store), since the compiler takes an assignment apart.
-  __stwb(reinterpret_cast<Word*>(p), word);
+  // Said outright, since the compiler takes an assignment of several words apart.
+  if constexpr (sizeof(Word) == 16) {
+    ptx::store_global_128(p, word);
+  } else if constexpr (sizeof(Word) == 8) {
+    ptx::store_global_64(p, word);
+  } else {
+    *reinterpret_cast<Word*>(p) = word;
+  }
 }
 
 }  // namespace resnet_fused::cuda
