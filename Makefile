@@ -8,11 +8,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?=
 TEST_ARGS ?=
-# The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for.
+# The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for,
+# and how many GPUs there are.
 SIM_DEVICES ?= t4 a100 h100
 SIM_ARCHS ?= 7.5+PTX 8.0+PTX 9.0a+PTX
 SIM_TESTS ?= cuda
 export GPUSIM_CHECK ?= all
+export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
 
 TORCH := torch>=2.11,<2.16
@@ -91,7 +93,7 @@ simulate: $(SIMULATED)
 
 test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
 	GPUSIM_PYTHON=$(PY) tests/gpusim/tests/ptx/run.sh
-	GPUSIM_CHECK= tests/gpusim/bin/gpusim-run \
+	GPUSIM_CHECK= GPUSIM_DEVICES= tests/gpusim/bin/gpusim-run \
 	  $(PY) -m pytest --confcutdir tests/gpusim/tests tests/gpusim/tests/runtime $(TEST_ARGS)
 
 kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spills, narrow accesses and no tensor cores are errors
@@ -115,7 +117,7 @@ lint: | $(VENV_PY)  ## check the code's style with ruff and, if present, clang-f
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PY) -m pip install ruff
 	$(PY) -m ruff check .
 	@if command -v clang-format >/dev/null; then \
-	  find csrc -type f | xargs clang-format --dry-run --Werror && echo 'clang-format: all is well'; \
+	  git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs clang-format --dry-run --Werror && echo 'clang-format: all is well'; \
 	else echo 'clang-format: not installed, skipped'; fi
 
 clean:  ## remove what was built, and the environment

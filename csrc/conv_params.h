@@ -27,7 +27,7 @@ struct FpropParams {
   const void* weight;
   const void* bias;     // null, or [K] acc
   void* y;
-  void* statistics;     // null, or [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
+  void* statistics;     // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
   // Instead of bias and statistics: z = relu(scale*y + shift + shortcut).
   const void* affine;   // null, or [4, K] acc
   const void* shortcut;  // null, or like y
@@ -60,16 +60,16 @@ struct WgradParams {
   OutputGradient grad;
   const void* x;
   const void* coefficients;  // null, or [4, C] acc, as in fprop
-  float* workspace;          // [wgrad_splits, K, R, S, C]
+  float* workspace;          // wgrad_workspace floats
   void* dw;                  // [K, R, S, C]
   DType dw_dtype;
 };
 
 // One device's convolutions. Every entry returns after the work is enqueued.
 struct ConvBackend {
-  int64_t (*fprop_tiles)(const ConvShape&);  // by shape alone, as the other two
+  int64_t (*fprop_tiles)(const ConvShape&);  // by shape alone, as dgrad's
   int64_t (*dgrad_tiles)(const ConvShape&);
-  int64_t (*wgrad_splits)(const ConvShape&);
+  int64_t (*wgrad_workspace)(const ConvShape&, DType dw);  // floats
   void (*fprop)(const FpropParams&);
   void (*dgrad)(const DgradParams&);
   void (*wgrad)(const WgradParams&);

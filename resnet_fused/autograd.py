@@ -123,7 +123,8 @@ def _normalise(plan: _UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequ
 class _Gradient(NamedTuple):
     """The gradient of a convolution's output y: ``a*g + b*y + c`` with ``g``, ``grad`` behind the mask of a ReLU.
 
-    The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself.
+    The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself. ``own``:
+    the memory of ``grad`` is ours to write over.
     """
 
     grad: Tensor
@@ -134,16 +135,18 @@ class _Gradient(NamedTuple):
     relu: bool = False
     shortcut: Tensor | None = None
     z: Tensor | None = None
+    own: bool = False
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """For a native convolution, which puts the parts together itself."""
         assert not self.relu
         return self.grad, self.y, self.backward_coefficients
 
-    def tensor(self, own: bool) -> Tensor:
-        """``own``: ``grad`` is ours to write over, so that no memory is touched for the first time."""
+    def tensor(self) -> Tensor:
+        """For the library's convolution."""
         arguments = (self.y, self.coefficients, self.backward_coefficients, self.shortcut, self.z)
-        apply = ops.bn_backward_apply_ if own else ops.bn_backward_apply
+        # Written over where it may be, so that no memory is touched for the first time.
+        apply = ops.bn_backward_apply_ if self.own else ops.bn_backward_apply
         return apply(self.grad, *arguments, self.relu, self.batch_statistics)
 
 
@@ -282,10 +285,9 @@ class _Block(torch.autograd.Function):
                 if plan.units[projection].native:
                     grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
                 else:
-                    grad_x = library_backward(projection, of_shortcut.tensor(own=False), x, need_x)
-                grad_y = None
+                    grad_x = library_backward(projection, of_shortcut.tensor(), x, need_x)
             else:
-                grad_y, grad_s = ops.bn_backward_apply_pair(
+                gradient, grad_s = ops.bn_backward_apply_pair(
                     grad,
                     y,
                     coefficients[last],
@@ -297,7 +299,6 @@ class _Block(torch.autograd.Function):
                     plan.units[last].batch_statistics,
                     plan.units[projection].batch_statistics,
                 )
-                gradient = None
                 grad_x = library_backward(projection, grad_s, x, need_x)
                 del grad_s
             del s
@@ -321,10 +322,8 @@ class _Block(torch.autograd.Function):
                 gradient = _Gradient(g, y, coefficients[last], b, statistics)
             else:
                 gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
-            grad_y = None
 
-        # The chain. `grad_y` or `gradient` is unit i's; `own` says that its memory is ours.
-        own = False
+        # The chain. `gradient` is that of unit i's output: in parts, or a tensor.
         grad_a = None
         for i in range(last, -1, -1):
             need_input = need_x or any(any(n) for n in needs[:i])
@@ -335,37 +334,29 @@ class _Block(torch.autograd.Function):
                     addend, grad_x = grad_x, None
                 grad_a, sums = native_backward(i, gradient, need_input, addend)
             else:
-                if grad_y is None:
-                    grad_y = gradient.tensor(own)
-                    gradient = None
+                if isinstance(gradient, _Gradient):
+                    gradient = gradient.tensor()
                 a = a if a is not None else _activation(source(i))
-                grad_a = library_backward(i, grad_y, a, need_input)
-            gradient = grad_y = a = None  # freed before the next allocation
+                grad_a = library_backward(i, gradient, a, need_input)
+            gradient = a = None  # freed before the next allocation
             if i == 0 or not need_input:
                 break
             unit, below = plan.units[i - 1], outputs[i - 1]
-            if sums is None and unit.native:
-                grad_a, sums = ops.bn_backward_reduce(
-                    grad_a, below, coefficients[i - 1], relu=True, write_grad=True
+            masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
+            if not masked:
+                if not unit.native:
+                    a = _activation(source(i - 1))
+                    grad_a = ops.dense(grad_a)
+                # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
+                written, sums = ops.bn_backward_reduce(
+                    grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
                 )
-            elif sums is None:
-                a = _activation(source(i - 1))
-                if below is None:
-                    below, _ = _convolve(unit, (a, None), weights[i - 1], parameters[i - 1][1])
-                grad_a = ops.dense(grad_a)
-                _, sums = ops.bn_backward_reduce(grad_a, below, coefficients[i - 1], relu=True)
-                gradient = _Gradient(
-                    grad_a,
-                    below,
-                    coefficients[i - 1],
-                    norm_backward(i - 1, sums, 0, below),
-                    unit.batch_statistics,
-                    relu=True,
-                )
-            if gradient is None:
-                b = norm_backward(i - 1, sums, 0, below)
-                gradient = _Gradient(grad_a, below, coefficients[i - 1], b, unit.batch_statistics)
-            own = True
+                masked = unit.native
+                grad_a = written if masked else grad_a
+            b = norm_backward(i - 1, sums, 0, below)
+            gradient = _Gradient(
+                grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not masked, own=True
+            )
         if not need_x:
             grad_a = None
         elif plan.units[0].native:

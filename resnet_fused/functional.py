@@ -21,7 +21,7 @@ from torch import Tensor
 
 from resnet_fused import autograd, reference
 from resnet_fused.engine import current_engine, forced
-from resnet_fused.units import DTYPES, Conv, Norm, Unit
+from resnet_fused.units import DTYPES, Conv, Norm, Unit, output_plane
 
 __all__ = ["Conv", "Norm", "Unit", "basic_block", "bn_act", "bottleneck", "conv_bn_act", "residual"]
 
@@ -136,12 +136,7 @@ def output_shape(x: Tensor, units: Sequence[Unit]) -> tuple[int, ...]:
     for conv, _ in units:
         if conv is not None:
             channels = conv.weight.shape[0]
-            plane = [
-                (size + 2 * p - d * (k - 1) - 1) // s + 1
-                for size, k, s, p, d in zip(
-                    plane, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation, strict=True
-                )
-            ]
+            plane = output_plane(plane, conv.weight.shape[2:], conv.stride, conv.padding, conv.dilation)
     return (n, channels, *plane)
 
 

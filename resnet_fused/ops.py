@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import _C
+from resnet_fused.units import output_plane
 
 _ops = torch.ops.resnet_fused
 _WITH_CUDA: bool = _C.build_info()["cuda"]
@@ -299,9 +300,6 @@ def convolution_backward(
 
 
 _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_NATIVE_MULTIPLE = 8  # channels: 16 bytes
-_NATIVE_CHANNELS = 2048  # the prologue's tables have to fit into shared memory
-_NATIVE_TAPS = 7  # per dimension
 
 
 def native_reason(
@@ -314,6 +312,7 @@ def native_reason(
 ) -> str | None:
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
     channels = (weight.shape[1], weight.shape[0])
+    multiple, most, taps = _C.native_limits()
     if x.device.type != "cuda" or not _WITH_CUDA:
         return f"no native convolutions for device {x.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -326,10 +325,10 @@ def native_reason(
         return "the input is not channels_last"
     if groups != 1:
         return f"groups={groups}"
-    if any(c % _NATIVE_MULTIPLE or c > _NATIVE_CHANNELS for c in channels):
-        return f"channels {channels}; native are multiples of {_NATIVE_MULTIPLE} up to {_NATIVE_CHANNELS}"
-    if max(weight.shape[2:]) > _NATIVE_TAPS:
-        return f"a filter of {tuple(weight.shape[2:])}; native are up to {_NATIVE_TAPS} taps"
+    if any(c % multiple or c > most for c in channels):
+        return f"channels {channels}; native are multiples of {multiple} up to {most}"
+    if max(weight.shape[2:]) > taps:
+        return f"a filter of {tuple(weight.shape[2:])}; native are up to {taps} taps"
     if max(stride) > 2:
         return f"stride={tuple(stride)}; native are 1 and 2"
     if min(padding) < 0:
@@ -470,7 +469,7 @@ def fused_convolution(
 ) -> Tensor:
     """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only."""
     arguments = (weight, bias, padding, stride, dilation, groups)
-    with _C.Pooling():
+    with _pooling(x):
         if shortcut is None:
             activation = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], "")
@@ -507,10 +506,7 @@ def _(running_mean, running_var, weight, bias, eps, acc_dtype):
 
 
 def _empty_conv_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
-    plane = [
-        (size + 2 * p - d * (r - 1) - 1) // s + 1
-        for size, r, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
+    plane = output_plane(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *plane)).contiguous(memory_format=torch.channels_last)
 
 

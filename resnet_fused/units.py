@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,20 @@ class Conv(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+
+def output_plane(
+    plane: Sequence[int],
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width of what a convolution with ``filter`` (R, S) makes of ``plane`` (H, W)."""
+    return [
+        (size + 2 * p - d * (r - 1) - 1) // s + 1
+        for size, r, s, p, d in zip(plane, filter, stride, padding, dilation, strict=True)
+    ]
 
 
 class Norm(NamedTuple):

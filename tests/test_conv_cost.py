@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from simulator import needs_tensor_cores
 
 from resnet_fused.autograd import _Block
 
@@ -24,11 +24,7 @@ from benchmarks.counted_cost import (  # noqa: E402
     total,
 )
 
-OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(OLD, reason="native convolutions need compute capability 8.0"),
-]
+pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 
 
 @pytest.mark.parametrize("which", PASSES)

@@ -152,7 +152,9 @@ def test_hooks_added_afterwards_to_children_take_effect(device, make, child):
     assert report.fused
     for model in (eager, fused):
         model.get_submodule(child).register_forward_hook(lambda module, args, output: output * 1.5)
-    size = (2, 3, 32, 32) if hasattr(eager, "fc") else (2, 8, 8, 8)
+    # Of a network a size that leaves the last batch norms more than two values per channel: with two they amplify
+    # rounding without bound.
+    size = (4, 3, 64, 64) if hasattr(eager, "fc") else (2, 8, 8, 8)
     assert_same_results(fused, eager, torch.randn(size, device=device))
 
 

@@ -255,8 +255,8 @@ void bn_backward_apply_(const Tensor& grad, const Tensor& y, const Tensor& coeff
 
 std::tuple<Tensor, Tensor> bn_backward_apply_pair(
     const Tensor& grad, const Tensor& y, const Tensor& coefficients, const Tensor& backward_coefficients,
-    const Tensor& shortcut, const Tensor& shortcut_coefficients, const Tensor& shortcut_backward_coefficients, bool relu,
-    bool batch_statistics, bool shortcut_batch_statistics) {
+    const Tensor& shortcut, const Tensor& shortcut_coefficients, const Tensor& shortcut_backward_coefficients,
+    bool relu, bool batch_statistics, bool shortcut_batch_statistics) {
   check_activation(y, "y");
   check_like(grad, "grad", y, "y");
   const DType dtype = dtype_of(y, "y");

@@ -25,10 +25,6 @@ using at::IntArrayRef;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values; the same for float32
-constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
-constexpr int64_t kMostTaps = 7;         // per dimension
-
 // channels_last and aligned to the kernels' 16-byte accesses, copied if need be.
 Tensor conform(const Tensor& t) {
   const Tensor dense = t.contiguous(at::MemoryFormat::ChannelsLast);
@@ -75,7 +71,8 @@ ConvShape conv_shape(IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntA
                     "weight: expected 1 to ", kMostTaps, " taps, got shape ", weight);
   constexpr int64_t kMost = 1 << 15;
   ConvShape s{};
-  s.n = static_cast<int>(x[0]), s.c = static_cast<int>(x[1]), s.h = static_cast<int>(x[2]), s.w = static_cast<int>(x[3]);
+  s.n = static_cast<int>(x[0]), s.c = static_cast<int>(x[1]);
+  s.h = static_cast<int>(x[2]), s.w = static_cast<int>(x[3]);
   s.k = static_cast<int>(weight[0]), s.r = static_cast<int>(weight[2]), s.s = static_cast<int>(weight[3]);
   s.stride_h = pair_at(stride, 0, "stride", 1, 2), s.stride_w = pair_at(stride, 1, "stride", 1, 2);
   s.pad_h = pair_at(padding, 0, "padding", 0, kMost), s.pad_w = pair_at(padding, 1, "padding", 0, kMost);
@@ -84,8 +81,8 @@ ConvShape conv_shape(IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntA
   const int64_t q = output_size(s.w, s.pad_w, s.dilation_w, s.s, s.stride_w);
   TORCH_CHECK_VALUE(p >= 1 && q >= 1, "x: expected a plane of at least the filter's extent, got ", x, " for weight ",
                     weight);
-  TORCH_CHECK_VALUE(p * q * s.n <= std::numeric_limits<int>::max(), "x: expected fewer than 2^31 output pixels, got ", x,
-                    " with padding ", padding);
+  TORCH_CHECK_VALUE(p * q * s.n <= std::numeric_limits<int>::max(), "x: expected fewer than 2^31 output pixels, got ",
+                    x, " with padding ", padding);
   s.p = static_cast<int>(p), s.q = static_cast<int>(q);
   return s;
 }
@@ -248,11 +245,11 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   p.grad = output_gradient(dense_grad, y, backward_coefficients, y_storage);
   p.x = dense_x.const_data_ptr();
   p.coefficients = table_of(coefficients, "coefficients", kCoefficientRows, x.size(1), x);
-  const Tensor workspace =
-      at::empty({backend().wgrad_splits(p.shape) * dw.numel()}, x.options().dtype(at::kFloat));
-  p.workspace = workspace.data_ptr<float>();
   p.dw = dw.data_ptr();
   p.dw_dtype = dtype_of(dw, "dtype");
+  const Tensor workspace =
+      at::empty({backend().wgrad_workspace(p.shape, p.dw_dtype)}, x.options().dtype(at::kFloat));
+  p.workspace = workspace.data_ptr<float>();
   const c10::DeviceGuard guard(x.device());
   backend().wgrad(p);
   return dw;

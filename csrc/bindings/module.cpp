@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -66,6 +67,9 @@ struct PoolingContext {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("reduction_tiles", &reduction_tiles);
+  m.def("native_limits", [] {
+    return std::tuple(resnet_fused::kChannelMultiple, resnet_fused::kMostChannels, resnet_fused::kMostTaps);
+  });
 #ifdef RESNET_FUSED_WITH_CUDA
   using Sizes = std::vector<int64_t>;
   m.def("conv_tiles", [](const std::string& pass, const Sizes& x, const Sizes& weight, const Sizes& stride,

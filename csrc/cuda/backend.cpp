@@ -61,7 +61,7 @@ const ConvBackend& cuda_conv_backend() {
   static const ConvBackend backend = {
       cuda::fprop_tiles,
       cuda::dgrad_tiles,
-      cuda::wgrad_splits,
+      cuda::wgrad_workspace,
       cuda::on_current_stream<cuda::fprop, FpropParams>,
       cuda::on_current_stream<cuda::dgrad, DgradParams>,
       cuda::on_current_stream<cuda::wgrad, WgradParams>,

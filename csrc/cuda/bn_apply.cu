@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// Batch norm's affine map, the shortcut and the ReLU in one pass.
+// Batch norm's affine map, the shortcut and the ReLU: reads y and the shortcut once, writes z once.
 #include "elementwise.cuh"
 #include "join.cuh"
 #include "kernels.h"

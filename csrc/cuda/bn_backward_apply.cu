@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// Batch norm's gradient dy = a*g + b*y + c of one or two branches, g being the gradient behind the ReLU.
+// Batch norm's gradient dy = a*g + b*y + c of one or two branches, g being the gradient behind the ReLU. Reads the
+// gradient, y, and what the mask or the second branch needs of the shortcut once; writes one or two gradients once.
 #include "elementwise.cuh"
 #include "join.cuh"
 #include "kernels.h"

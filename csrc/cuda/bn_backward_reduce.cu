@@ -3,7 +3,8 @@
 //
 // The sums of one or two batch norms' backward over every tile of the gradient behind the ReLU: g, g*(y - mean) and,
 // for a second batch norm, g*(shortcut - its mean). Centred sums do not cancel when the mean is large against the
-// standard deviation.
+// standard deviation. Reads each operand once; writes two or three sums per tile and channel, and the masked gradient
+// if it is wanted.
 #include "elementwise.cuh"
 #include "join.cuh"
 #include "kernels.h"

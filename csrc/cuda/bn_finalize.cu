@@ -100,7 +100,8 @@ __global__ void frozen_coefficients(const CoefficientsParams p) {
 // a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M (Ioffe & Szegedy 2015, section 3,
 // solved for dy).
 template <class Acc>
-__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) backward_finalize_channels(const BackwardFinalizeParams p) {
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
+    backward_finalize_channels(const BackwardFinalizeParams p) {
   const int64_t channel = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
   Sum<double> grad{0}, product{0};
   if (channel < p.channels) {

@@ -29,7 +29,8 @@ template <class Op, int kWidth>
 using RawInputs = Vector<typename Op::Storage::Value, kWidth>[kInFlight<Op>][Op::kInputs];
 
 template <class Op, int kWidth>
-__device__ void load_inputs(const Op& op, int64_t offset, Vector<typename Op::Storage::Value, kWidth> (&raw)[Op::kInputs]) {
+__device__ void load_inputs(const Op& op, int64_t offset,
+                            Vector<typename Op::Storage::Value, kWidth> (&raw)[Op::kInputs]) {
 #pragma unroll
   for (int i = 0; i < Op::kInputs; ++i) {
     if (op.inputs[i]) raw[i] = load_vector<kWidth>(op.inputs[i] + offset);

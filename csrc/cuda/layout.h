@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// How a tensor is cut into blocks of threads: pure functions of its shape, tested without a GPU.
+// How a tensor is cut into blocks of threads: pure functions of its shape.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The identity shortcut's gradient: out += the gradient behind the ReLU.
+// The identity shortcut's gradient: out += the gradient behind the ReLU. Reads out, the gradient and what the mask
+// needs once, writes out once.
 #include "elementwise.cuh"
 #include "join.cuh"
 #include "kernels.h"

@@ -5,6 +5,10 @@
 // channels. With stride 2 the pixels of one parity are a sub-problem with its own taps, so that no tap is multiplied
 // in vain; all sub-problems run in one launch. The epilogue adds a second gradient, stops dx at the previous ReLU and
 // sums it for the previous batch norm.
+//
+// Reads what forms dy (one or two tensors) once per tap and tile of columns (memory sees it once, the rest is for the
+// caches), the weights once per tile of rows, the addend and the mask's tensor once; writes dx once, and two floats per
+// tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
 #include "launch_conv.cuh"

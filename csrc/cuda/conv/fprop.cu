@@ -4,6 +4,9 @@
 // y = conv(x) or conv(relu(scale*x + shift)) as an implicit GEMM: rows are output pixels, columns output channels, the
 // reduction runs over taps and input channels. In training the epilogue leaves y's statistics per tile; in inference
 // it applies the batch norm, the shortcut and the ReLU.
+//
+// Reads x once per tap and tile of columns (memory sees it once, the rest is for the caches), the weights once per tile
+// of rows, the shortcut once; writes y once, and three floats per tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
 #include "launch_conv.cuh"
@@ -112,11 +115,9 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
   }
   staged.store(p.y, pixel_of, s.k, first_column);
   if constexpr (!kInference) {
-    if (p.statistics) {
-      tile_statistics<Tile>(d, shared + Parts::Staged::kBytes, rows,
-                            static_cast<float*>(p.statistics) + row_tile * int64_t{kStatisticsRows} * s.k, s.k,
-                            first_column);
-    }
+    tile_statistics<Tile>(d, shared + Parts::Staged::kBytes, rows,
+                          static_cast<float*>(p.statistics) + row_tile * int64_t{kStatisticsRows} * s.k, s.k,
+                          first_column);
   }
 #endif
 }

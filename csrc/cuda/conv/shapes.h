@@ -110,4 +110,11 @@ constexpr int64_t wgrad_splits(const ConvShape& s) {
   return splits < 1 ? 1 : splits > kMost ? kMost : splits;
 }
 
+// One split writes a float gradient itself; all others leave partials to be added.
+constexpr bool wgrad_is_direct(const ConvShape& s, DType dw) { return wgrad_splits(s) == 1 && dw == DType::Float32; }
+
+constexpr int64_t wgrad_workspace(const ConvShape& s, DType dw) {
+  return wgrad_is_direct(s, dw) ? 0 : wgrad_splits(s) * s.k * s.r * s.s * s.c;
+}
+
 }  // namespace resnet_fused::cuda

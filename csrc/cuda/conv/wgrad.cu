@@ -3,6 +3,9 @@
 //
 // dW as an implicit GEMM: rows are output channels, columns a tap's input channels, the reduction runs over output
 // pixels and is split, so that the grid fills a card. Splits leave float partials, which are added in their order.
+//
+// Reads what forms dy (one or two tensors) and x once per tile of the other side; writes the partials, reads them again
+// and writes dW, or dW at once where there is one split.
 #include "../kernels.h"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
@@ -17,7 +20,6 @@ struct Wgrad {
   using A = PixelColumns<T, Tile, Tile::kM, PrologueA, kStages>;
   using B = PixelColumns<T, Tile, Tile::kN, PrologueB, kStages>;
   static constexpr int kRing = kRingBytes<A, B, kStages>;
-
   static constexpr int kSharedBytes = kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) +
                                       ChannelTables::bytes(PrologueB::kTables, Tile::kN);
 };
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   Accumulators<Tile> d = {};
   accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK<T> - 1) / kTileK<T>), d);
 
-  float* out = p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
+  auto* out = wgrad_is_direct(s, p.dw_dtype) ? static_cast<float*>(p.dw)
+                                             : p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
   for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
     const int k = first_row + row, c = first_column + column;
     if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {v0, v1});
@@ -115,7 +118,8 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
       return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});
     });
   });
-  return error != cudaSuccess ? error : launch_add_splits(p, static_cast<int>(splits), stream);
+  if (error != cudaSuccess || wgrad_is_direct(s, p.dw_dtype)) return error;
+  return launch_add_splits(p, static_cast<int>(splits), stream);
 }
 
 }  // namespace resnet_fused::cuda

@@ -44,7 +44,8 @@ __device__ void cp_async_wait() {
 }
 
 // Warp-level matrix load: ldmatrix. Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of
-// matrix l / 8, and receives of matrix i, in r[i], the values (l / 4, 2 * (l % 4)) and the next; transposed with kTrans.
+// matrix l / 8, and receives of matrix i, in r[i], the values (l / 4, 2 * (l % 4)) and the next; transposed with
+// kTrans.
 // Untransposed the two halves of a 32-bit value stay together, which serves TF32.
 template <bool kTrans>
 __device__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
