@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import bandwidth, blocks, bottleneck, depth, networks, report
+from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, networks, report
 from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
 from benchmarks.timing import Race
 from resnet_fused import ops
 
 RESULTS = Path(__file__).parent / "results"
 
-Found = TypeVar("Found", Outcome, bandwidth.Outcome)
+Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
     choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
+    choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's, on a GPU")
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
@@ -48,6 +49,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="whether eager compiled by torch.compile takes part (default: on a GPU)",
+    )
+    how.add_argument(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        help="whether fused with native convolutions takes part (default: where there are any)",
     )
     how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
     how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
@@ -60,7 +66,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--dtype {dtype}: not measured on {device}")
     if options.compile is None:
         options.compile = device.type == "cuda"
-    chosen = (options.blocks, options.networks, options.bandwidth)
+    not_native = ops.native_device_reason(device)
+    if options.native is None:
+        options.native = not_native is None
+    for option in ("native", "convolutions"):
+        if getattr(options, option) not in (None, False) and not_native:
+            parser.error(f"--{option}: {not_native}")
+    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions)
     if not (options.depth or options.bottleneck) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
         if device.type == "cuda" and ops.has_kernels(device):
@@ -126,6 +138,21 @@ def run_bandwidth(settings: Settings, megabytes: Sequence[float], folder: Path) 
     return found
 
 
+def run_convolutions(settings: Settings, part: str, folder: Path) -> list[convolutions.Outcome]:
+    chosen, left = convolutions.select(part, settings)
+    for name, reason in left.items():
+        print(f"not native: {name}: {reason}")
+    dtypes = [dtype for dtype in settings.dtypes if dtype not in left]
+    total = len(chosen) * len(dtypes) * convolutions.cases_per_shape(settings)
+    if not total:
+        raise SystemExit("no native convolution has such a name and dtype")
+    found = execute(convolutions.jobs(chosen, dtypes, settings), total, convolutions.progress)
+    print("", convolutions.table(found), "", convolutions.summary(found), "", sep="\n")
+    report.write_json(folder / "convolutions.json", settings.device, convolutions.records(found))
+    convolutions.plot(found, folder / "convolutions.png", settings.device)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
     options = parse(arguments)
@@ -138,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         batch=options.batch or (2 if quick else None),
         rounds=options.repeats or (2 if quick else None),
         compile=options.compile,
+        native=options.native,
         quick=quick,
     )
     folder = options.output / report.slug(report.device_name(settings.device))
@@ -150,19 +178,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes += run_bottleneck(settings, folder)
     if options.blocks is not None or options.networks is not None:
         outcomes += run_blocks_and_networks(settings, options.blocks, options.networks, folder)
-    races: list[Race] = [outcome.race for outcome in outcomes]
+    checked: list[Outcome | convolutions.Outcome] = list(outcomes)
+    if options.convolutions is not None:
+        checked += run_convolutions(settings, options.convolutions, folder)
+    races: list[Race] = [outcome.race for outcome in checked]
     if options.bandwidth is not None:
         races += [outcome.race for outcome in run_bandwidth(settings, options.bandwidth, folder)]
 
     for absence in report.absences(outcomes):
         print(f"missing from the race: {absence}")
-    for failure in report.failures(outcomes):
-        print(f"outside the tolerance policy: {failure}")
+    for outcome in checked:
+        for failure in outcome.check.failures:
+            print(f"outside the tolerance policy: {outcome.case}: {failure}")
     disturbed = sum(race.disturbed for race in races)
     if disturbed:
         print(f"other processes were busy during {disturbed} of {len(races)} cases: don't trust those times")
-    passed = all(outcome.check.passed for outcome in outcomes)
-    verdict = "" if not outcomes else "all checks passed; " if passed else "CHECKS FAILED; "
+    passed = all(outcome.check.passed for outcome in checked)
+    verdict = "" if not checked else "all checks passed; " if passed else "CHECKS FAILED; "
     print(f"{verdict}{time.perf_counter() - start:.0f} s; see {folder}")
     return 0 if passed else 1
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.cases import DTYPES, Settings
+from benchmarks.device_clock import CACHES, DeviceClock, cache_bytes
 from benchmarks.timing import Effort, Race, Spread, race, seconds
 from resnet_fused import ops
 
@@ -33,14 +33,8 @@ MEGABYTES = {"cuda": (1.0, 8.0, 32.0, 128.0, 512.0), "cpu": (1.0, 8.0, 32.0)}  #
 QUICK_MEGABYTES = (0.05,)
 QUICK_CALLS = 2  # per lap
 
-CACHES = 4  # a lap's activations fill the last level cache so many times
 FEWEST_CALLS, MOST_CALLS = 4, 400  # per lap
-CPU_CACHE = 32 << 20  # bytes, where the system doesn't tell
-
-# What a GPU is given to do in front of a lap, so that the lap's calls are queued before the first one starts: it is
-# longer than Python needs to launch them, some 10 us each.
-HEAD_START = 0.008  # seconds
-HEAD_START_BYTES = 512 << 20  # at least, read at a time
+HEAD_START = 0.008  # seconds: longer than it takes to launch the most calls
 
 SECONDS = 0.4  # of timing, per case
 
@@ -160,14 +154,6 @@ class Outcome:
         return Spread.of([bytes_ratio * copy / s for s, copy in speeds])
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last level cache."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) << 10 for s in sizes if re.fullmatch(r"\d+K", s)), default=CPU_CACHE)
-
-
 def calls_per_lap(activation: int, cache: int) -> int:
     """As many calls as read `CACHES` caches of a kernel's only input, if there is but one."""
     return max(FEWEST_CALLS, min(MOST_CALLS, math.ceil(CACHES * cache / activation)))
@@ -182,31 +168,6 @@ def lap_of(kernel: Kernel, sets: Sequence[Operands], calls: int) -> Callable[[],
             results[index] = kernel.call(sets[index])
 
     return lap
-
-
-class DeviceClock:
-    """Measures by events how long a GPU works on a call's kernels, launched while it was busy with other work."""
-
-    def __init__(self, device: torch.device, cache: int):
-        self.device = device
-        self.other = torch.zeros(max(HEAD_START_BYTES, CACHES * cache) // 4, device=device)
-        self.other.sum()
-        self.passes = math.ceil(HEAD_START / seconds(self.other.sum, device))
-        self.hidden = True  # whether all calls since this was set were launched before they began
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        """Seconds of one ``call``."""
-        with torch.cuda.device(self.device):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Only read: what it leaves in the cache need not be written back at the call's expense.
-            for _ in range(self.passes):
-                self.other.sum()
-            begin.record()
-            call()
-            self.hidden &= not begin.query()
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)
@@ -246,7 +207,7 @@ def jobs(settings: Settings, chosen: Sequence[float]) -> Iterator[Job]:
     """Every kernel in every dtype, with activations of the ``chosen`` bytes."""
     device = settings.device
     cache = cache_bytes(device)
-    clock = DeviceClock(device, cache) if device.type == "cuda" else None
+    clock = DeviceClock(device, HEAD_START) if device.type == "cuda" else None
     for dtype in settings.dtypes:
         for size in chosen:
             first = Operands.of(size, DTYPES[dtype], device)

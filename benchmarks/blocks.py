@@ -77,7 +77,8 @@ def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, secon
         return x[index * CHECK_BATCH :][:CHECK_BATCH]
 
     for case in settings.cases(subject, is_network=False):
-        yield Job(case, block, x[: batch_of(settings)].clone(), draw, settings.effort(seconds), settings.compile)
+        images = x[: batch_of(settings)].clone()
+        yield Job(case, block, images, draw, settings.effort(seconds), settings.compile, settings.native)
 
 
 def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:

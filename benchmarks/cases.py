@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""One case: a module, eager, fused and compiled, in one mode and dtype: checked, timed, its kept bytes counted."""
+"""One case: a module, eager, fused, fused with native convolutions, compiled: checked, timed, kept bytes counted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from resnet_fused import testing
 
 MODES = ("training", "inference")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The engine that each contestant runs on.
+ENGINES = {"eager": "auto", "fused": "auto", "minimal": "auto", "native": "native"}
 
 CUDA_BATCH = 64  # images, of blocks and networks alike: enough to fill a GPU, few enough for 16 GB of its memory
 
@@ -86,6 +89,7 @@ class Settings:
     batch: int | None = None  # images
     rounds: int | None = None
     compile: bool = False  # whether torch.compile takes part
+    native: bool = False  # whether fused with native convolutions takes part
     quick: bool = False
 
     @property
@@ -112,14 +116,16 @@ class Settings:
         return Effort.exactly(self.rounds) if self.rounds else Effort(seconds)
 
 
-def contestants(module: nn.Module, case: Case) -> dict[str, nn.Module]:
-    """Copies of ``module`` for the case: "eager", "fused" and, in training, "minimal" (memory)."""
+def contestants(module: nn.Module, case: Case, *, native: bool = False) -> dict[str, nn.Module]:
+    """Copies of ``module`` for the case: "eager", "fused", in training "minimal" (memory), if asked for "native"."""
     eager = copy.deepcopy(module).to(case.module_dtype, memory_format=torch.channels_last).train(case.training)
     result = {"eager": eager, "fused": copy.deepcopy(eager)}
     resnet_fused.fuse(result["fused"])
     if case.training:
         result["minimal"] = copy.deepcopy(result["fused"])
         resnet_fused.set_memory(result["minimal"], "minimal")
+    if native:
+        result["native"] = copy.deepcopy(result["fused"])
     return result
 
 
@@ -168,6 +174,16 @@ def make_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
     return network_training_step(module, x, case) if case.is_network else block_training_step(module, x, case)
 
 
+def on_engine(name: str, step: Callable[[], object]) -> Callable[[], object]:
+    """``step`` on one of resnet_fused's engines."""
+
+    def run() -> None:
+        with resnet_fused.engine(name):
+            step()
+
+    return run
+
+
 def compiled_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
     """`make_step` of a copy of ``module`` under torch.compile, compiled already; what goes wrong raises."""
     # Without it the earlier cases' versions of the same forward count, and from the ninth on nothing is compiled.
@@ -188,11 +204,12 @@ class Job:
     draw: Callable[[int], Tensor]
     effort: Effort
     compile: bool
+    native: bool
 
     def run(self) -> Outcome:
         """Check and time it."""
         case = self.case
-        modules = contestants(self.module, case)
+        modules = contestants(self.module, case, native=self.native)
         x = self.x.to(case.input_dtype)
         verdict = check(
             modules["eager"],
@@ -200,12 +217,15 @@ class Job:
             lambda draw: self.draw(draw).to(case.input_dtype),
             autocast=case.autocast,
             gradients=case.training,
+            engines=ENGINES,
         )
         kept = {}
         if case.training:
             for name, module in modules.items():
-                kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
-        steps = {name: make_step(modules[name], x, case) for name in ("eager", "fused")}
+                with resnet_fused.engine(ENGINES[name]):
+                    kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
+        racing = [name for name in modules if name != "minimal"]
+        steps = {name: on_engine(ENGINES[name], make_step(modules[name], x, case)) for name in racing}
         absent = {}
         if self.compile:
             try:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+import resnet_fused
 from resnet_fused import testing
 
 DRAWS = 4
@@ -39,8 +40,9 @@ def check(
     *,
     autocast: torch.dtype | None,
     gradients: bool,
+    engines: Mapping[str, str],
 ) -> Check:
-    """Compare every module of ``fused`` with ``eager`` on the input ``draw(0)``.
+    """Compare every module of ``fused``, each on its engine of ``engines``, with ``eager`` on the input ``draw(0)``.
 
     Outputs and running statistics have to be within the policy at once. A gradient may have up to ``DRAWS``
     inputs to be so once: where an activation in front of a ReLU is zero but for rounding, eager and fused (and
@@ -55,7 +57,8 @@ def check(
         seen = testing.observe(eager, x, autocast=autocast, gradients=gradients)
         failed: dict[tuple[str, str], testing.Comparison] = {}
         for label, module in fused.items():
-            found = testing.observe(module, x, autocast=autocast, gradients=gradients)
+            with resnet_fused.engine(engines[label]):
+                found = testing.observe(module, x, autocast=autocast, gradients=gradients)
             for c in testing.compare_observations(found, seen, reference, precision=autocast or x.dtype):
                 key = label, c.name
                 if c.passed:

@@ -8,64 +8,56 @@ have to move are here for tests/test_conv_cost.py and tests/test_cuda_cost.py to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 import resnet_fused as rf
+from benchmarks.passes import PASSES, Passes, Shape
 from benchmarks.tables import table
 from resnet_fused import ops
 
 SECTOR = 32  # bytes
 Counters = list[dict]  # of each launch
 
-# ResNet-50's convolutions, fewer images: (N, C, side, K, filter, stride)
+# ResNet-50's convolutions, and how many images.
 CONVOLUTIONS = {
-    "layer1.conv1": (4, 64, 56, 64, 1, 1),
-    "layer1.conv2": (2, 64, 56, 64, 3, 1),
-    "layer1.conv3": (2, 64, 56, 256, 1, 1),
-    "layer2.conv1": (2, 256, 56, 128, 1, 1),
-    "layer2.conv2": (2, 128, 56, 128, 3, 2),
-    "layer2.downsample": (2, 256, 56, 512, 1, 2),
-    "layer3.conv2": (4, 256, 14, 256, 3, 1),
-    "layer4.conv1": (8, 2048, 7, 512, 1, 1),
+    "layer1.conv1": (4, Shape(64, 56, 64, 1, 1)),
+    "layer1.conv2": (2, Shape(64, 56, 64, 3, 1)),
+    "layer1.conv3": (2, Shape(64, 56, 256, 1, 1)),
+    "layer2.conv1": (2, Shape(256, 56, 128, 1, 1)),
+    "layer2.conv2": (2, Shape(128, 56, 128, 3, 2)),
+    "layer2.downsample": (2, Shape(256, 56, 512, 1, 2)),
+    "layer3.conv2": (4, Shape(256, 14, 256, 3, 1)),
+    "layer4.conv1": (8, Shape(2048, 7, 512, 1, 1)),
 }
-PASSES = ("fprop", "dgrad", "wgrad")
 
 
-def channels_last(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device="cuda").bfloat16().to(memory_format=torch.channels_last)
+class CountedPasses:
+    """A convolution's native passes in bfloat16 with all that is fused into them, and what they have to do."""
 
-
-class Passes:
-    """The three passes of one convolution with all that is fused into them in a block's training."""
-
-    def __init__(self, n: int, c: int, side: int, k: int, taps: int, stride: int):
-        pad = taps // 2
-        self.side = (side + 2 * pad - taps) // stride + 1
-        x, y, g = channels_last(n, c, side, side), *(channels_last(n, k, self.side, self.side) for _ in range(2))
-        weight = channels_last(k, c, taps, taps)
-        table, backward = torch.rand(4, c, device="cuda"), torch.rand(5, k, device="cuda")
-        geometry = ((stride, stride), (pad, pad), (1, 1))
-        self.flops = 2 * n * self.side**2 * k * c * taps**2
-        self.rows = {"fprop": n * self.side**2, "dgrad": n * side**2, "wgrad": k}
-        self.columns = {"fprop": k, "dgrad": c, "wgrad": c}
-        self.x, self.y, self.weight = x, y, weight
-        self.calls = {
-            "fprop": lambda: ops.conv_fprop(x, table, weight, None, *geometry),
-            "dgrad": lambda: ops.conv_dgrad(g, y, backward, weight, (side, side), *geometry, None, x, table),
-            "wgrad": lambda: ops.conv_wgrad(g, y, backward, x, table, (taps, taps), *geometry, torch.float32),
-        }
-        # Bytes to read and to write, every tensor once. wgrad's float32 gradient is what its partials are added to.
+    def __init__(self, images: int, shape: Shape):
+        self.passes = Passes(shape, images, torch.bfloat16, torch.device("cuda"))
+        self.flops = shape.flops(images)
+        pixels, output_pixels = images * shape.side**2, images * shape.output_side**2
+        # Of the matrix product.
+        self.rows = {"fprop": output_pixels, "dgrad": pixels, "wgrad": shape.filters}
+        self.columns = {"fprop": shape.filters, "dgrad": shape.channels, "wgrad": shape.channels}
+        x, y, weight = (t.nbytes for t in (self.passes.x, self.passes.y, self.passes.weight))
+        # Bytes to read and to write, every tensor once.
         self.least = {
-            "fprop": (x.nbytes + weight.nbytes, y.nbytes),
-            "dgrad": (2 * y.nbytes + x.nbytes + weight.nbytes, x.nbytes),
-            "wgrad": (2 * y.nbytes + x.nbytes, 4 * weight.numel()),
+            "fprop": (x + weight, y),
+            "dgrad": (2 * y + x + weight, x),
+            "wgrad": (2 * y + x, weight),
         }
-        if stride == 2 and taps == 1:  # three pixels of four are not read
-            self.least["fprop"] = (x.nbytes // 4 + weight.nbytes, y.nbytes)
-            self.least["wgrad"] = (2 * y.nbytes + x.nbytes // 4, 4 * weight.numel())
+        if shape.stride == 2 and shape.taps == 1:  # three pixels of four are not read
+            self.least["fprop"] = (x // 4 + weight, y)
+            self.least["wgrad"] = (2 * y + x // 4, weight)
+
+    def run(self, which: str) -> None:
+        self.passes.native(which, fused=True)
 
 
 def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
@@ -85,7 +77,8 @@ class BlockStep:
 
     def __init__(self, build: Callable[[], rf.Bottleneck], channels: int, side: int):
         self.block = build().to("cuda", torch.bfloat16, memory_format=torch.channels_last)
-        self.x = channels_last(2, channels, side, side).requires_grad_()
+        x = torch.randn(2, channels, side, side, dtype=torch.bfloat16, device="cuda")
+        self.x = x.to(memory_format=torch.channels_last).requires_grad_()
         self.weights = sum(p.nbytes for p in self.block.parameters() if p.dim() == 4)
 
     def forward(self) -> None:
@@ -213,10 +206,10 @@ HEADER = ("least MB", "moved MB", "moved / least", "requested MB", "wavefronts /
 
 def convolution_table(count: Callable[[Callable], Counters]) -> str:
     rows = []
-    for name, shape in CONVOLUTIONS.items():
-        passes = Passes(*shape)
+    for name, arguments in CONVOLUTIONS.items():
+        passes = CountedPasses(*arguments)
         for which in PASSES:
-            launches = of_ours(count(passes.calls[which]))
+            launches = of_ours(count(functools.partial(passes.run, which)))
             multiplied = f"{total(launches, 'mma_flops') / passes.flops:.3f}"
             rows.append([f"{name} {which}", *costs(launches, sum(passes.least[which])), multiplied])
     return table(("convolution", *HEADER, "tensor-core operations / exact"), rows)

@@ -91,7 +91,8 @@ class NetworkJob:
         images = photographs(settings.batch_or(self.batch), settings.size, device=settings.device)
         draw = functools.partial(check_images, settings.device)
         network = build(self.case.subject, images)
-        return Job(self.case, network, images, draw, settings.effort(self.seconds), settings.compile).run()
+        effort = settings.effort(self.seconds)
+        return Job(self.case, network, images, draw, effort, settings.compile, settings.native).run()
 
 
 def jobs(

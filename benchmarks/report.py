@@ -29,6 +29,7 @@ from benchmarks.timing import Race, Spread
 EAGER_COLOUR = "#9aa5b1"
 FUSED_COLOUR = "#4f8fe6"
 NETWORK_COLOUR = "#1f4e9c"
+NATIVE_COLOUR = "#b0457a"
 COMPILED_COLOUR = "#d9822b"
 MINIMAL_COLOUR = "#2da44e"
 
@@ -91,20 +92,31 @@ def with_compile(outcomes: Sequence[Outcome]) -> bool:
     return any("compiled" in o.race.seconds or "compiled" in o.absent for o in outcomes)
 
 
+def with_native(outcomes: Sequence[Outcome]) -> bool:
+    """Whether native convolutions took part in ``outcomes``, which are those of one run."""
+    return any("native" in o.race.seconds for o in outcomes)
+
+
 def speed_columns(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """A table's columns of times and speeds: their headers, then the cells of every outcome."""
-    compiled = with_compile(outcomes)
-    header = ("eager ms/image", "fused ms/image", "speed")
-    rows = [(*header, "compiled ms/image", "speed against it") if compiled else header]
+    native, compiled = with_native(outcomes), with_compile(outcomes)
+    header = ["eager ms/image", "fused ms/image", "speed"]
+    header += ["native ms/image", "native speed"] if native else []
+    header += ["compiled ms/image", "speed against it"] if compiled else []
+    rows = [tuple(header)]
     for o in outcomes:
-        times = [milliseconds(o.race.time(name), o.batch) for name in ("eager", "fused")]
-        rows.append((*times, ratio(o.race.speed("fused", "eager")), *(compiled_cells(o) if compiled else ())))
+        cells = [milliseconds(o.race.time("eager"), o.batch)]
+        for name in ("fused", "native") if native else ("fused",):
+            cells += [milliseconds(o.race.time(name), o.batch), ratio(o.race.speed(name, "eager"))]
+        rows.append((*cells, *(compiled_cells(o) if compiled else ())))
     return rows
 
 
 def progress(outcome: Outcome) -> str:
     """What the line of progress says of the outcome."""
     text = f"check {outcome.check}, speed {ratio(outcome.race.speed('fused', 'eager'))}"
+    if with_native([outcome]):
+        text += f", native {ratio(outcome.race.speed('native', 'eager'))}"
     if with_compile([outcome]):
         time, speed = compiled_cells(outcome)
         text += f", against compiled {speed}" if speed else f", compiled: {time}"
@@ -149,20 +161,17 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         name = o.case.subject if o.case.is_network else f"{o.case.subject.partition('.')[0]}'s blocks"
         groups.setdefault((name, o.case.mode, o.case.dtype), []).append(o.race)
 
-    def mean(races: Sequence[Race], against: str) -> str:
-        speeds = [race.speed("fused", against).median for race in races if against in race.seconds]
+    def mean(races: Sequence[Race], name: str, against: str) -> str:
+        speeds = [race.speed(name, against).median for race in races if against in race.seconds]
         return f"{statistics.geometric_mean(speeds):.2f}x" if speeds else ""
 
-    columns = {"speed": "eager"}
+    columns = {"speed": ("fused", "eager")}
+    if with_native(outcomes):
+        columns["native speed"] = ("native", "eager")
     if with_compile(outcomes):
-        columns["against compiled"] = "compiled"
-    rows = [(*key, *(mean(races, against) for against in columns.values())) for key, races in groups.items()]
+        columns["against compiled"] = ("fused", "compiled")
+    rows = [(*key, *(mean(races, *pair) for pair in columns.values())) for key, races in groups.items()]
     return table(("geometric mean of speeds", "mode", "dtype", *columns), rows)
-
-
-def failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """One line per tensor outside the tolerance policy."""
-    return [f"{o.case}: {failure}" for o in outcomes for failure in o.check.failures]
 
 
 def as_record(outcome: Outcome) -> dict[str, object]:
@@ -186,6 +195,8 @@ def as_record(outcome: Outcome) -> dict[str, object]:
         "rounds": race.rounds,
         "kept_bytes_per_image": outcome.kept,
     }
+    if "native" in race.seconds:
+        record["native_speed"] = asdict(race.speed("native", "eager"))
     if "compiled" in race.seconds:
         record["speed_against_compiled"] = asdict(race.speed("fused", "compiled"))
     if outcome.absent:
@@ -224,15 +235,16 @@ def plot_speed(outcomes: Sequence[Outcome], path: Path, device: torch.device) ->
         spread = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
         colours = [NETWORK_COLOUR if o.case.is_network else FUSED_COLOUR for o in group]
         ax.barh([o.case.subject for o in group], medians, xerr=spread, color=colours, ecolor="#555555")
-        compiled = [o for o in group if "compiled" in o.race.seconds]
-        if compiled:
-            medians = [o.race.speed("compiled", "eager").median for o in compiled]
-            ax.plot(medians, [o.case.subject for o in compiled], "D", color=COMPILED_COLOUR)
+        for name, marker, colour in (("native", "o", NATIVE_COLOUR), ("compiled", "D", COMPILED_COLOUR)):
+            present = [o for o in group if name in o.race.seconds]
+            medians = [o.race.speed(name, "eager").median for o in present]
+            ax.plot(medians, [o.case.subject for o in present], marker, color=colour, linestyle="none")
         ax.axvline(1.0, color="black", linewidth=0.8)
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
     axes[0][0].invert_yaxis()
-    also = "; diamonds: eager's time / torch.compile's" if with_compile(outcomes) else ""
+    also = "; circles: with native convolutions" if with_native(outcomes) else ""
+    also += "; diamonds: eager's time / torch.compile's" if with_compile(outcomes) else ""
     figure.supxlabel(f"eager's time / fused time (median, quartiles); above 1 is faster{also}", fontsize=9)
     figure.suptitle(f"Speed, fused against eager: {device_name(device)}", fontsize=11)
     figure.tight_layout()
@@ -269,8 +281,9 @@ def plot_times(
     """Milliseconds per image of ``subjects`` (shown as ``names``), one panel per mode and dtype."""
     groups = panels(outcomes)
     colours = {"eager": EAGER_COLOUR, "fused": FUSED_COLOUR}
-    if any("compiled" in o.race.seconds for o in outcomes):
-        colours["compiled"] = COMPILED_COLOUR
+    for name, colour in (("native", NATIVE_COLOUR), ("compiled", COMPILED_COLOUR)):
+        if any(name in o.race.seconds for o in outcomes):
+            colours[name] = colour
     width = 0.8 / len(colours)
     bars = [((i + 0.5) * width - 0.4, name, colour) for i, (name, colour) in enumerate(colours.items())]
     shape = (1 + 0.9 * len(names) * len(groups), 3.6)

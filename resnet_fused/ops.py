@@ -302,6 +302,15 @@ def convolution_backward(
 _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def native_device_reason(device: torch.device) -> str | None:
+    """Why no convolution on ``device`` is native; None if some are."""
+    if device.type != "cuda" or not _WITH_CUDA:
+        return f"no native convolutions for device {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "compute capability below 8.0"
+    return None
+
+
 def native_reason(
     x: Tensor,
     weight: Tensor,
@@ -313,10 +322,8 @@ def native_reason(
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
     channels = (weight.shape[1], weight.shape[0])
     multiple, most, taps = _C.native_limits()
-    if x.device.type != "cuda" or not _WITH_CUDA:
-        return f"no native convolutions for device {x.device}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "compute capability below 8.0"
+    if reason := native_device_reason(x.device):
+        return reason
     if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
         return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
     if x.dtype not in _NATIVE_DTYPES:

@@ -11,17 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulator import simulated
+from simulator import needs_tensor_cores, simulated
 from torch import nn
 
 import resnet_fused
+from resnet_fused import ops
+from resnet_fused.engine import current_engine
 
 # Appended, so that the package is still imported from where it is installed.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import bandwidth, blocks, bottleneck, depth, networks, report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bandwidth,
+    blocks,
+    bottleneck,
+    convolutions,
+    depth,
+    device_clock,
+    networks,
+    report,
+)
 from benchmarks.__main__ import main, parse  # noqa: E402
-from benchmarks.cases import Case, Outcome, compiled_step, contestants  # noqa: E402
+from benchmarks.cases import Case, Job, Outcome, Settings, compiled_step, contestants  # noqa: E402
 from benchmarks.checks import DRAWS, Check, check  # noqa: E402
 from benchmarks.memory import bytes_kept  # noqa: E402
 from benchmarks.photographs import photographs  # noqa: E402
@@ -157,6 +168,41 @@ def test_columns_of_the_contestants():
     assert "compiled" not in report.progress(without) + report.summary([without])
 
 
+def test_native_convolutions_have_columns_of_their_own():
+    first = outcome_of({"eager": 0.6, "fused": 0.2, "native": 0.1}, {})
+    cells = ("100.00 [100.00, 100.00]", "3.00x [3.00, 3.00]", "50.00 [50.00, 50.00]", "6.00x [6.00, 6.00]")
+    assert report.speed_columns([first])[1][1:] == cells
+    assert report.progress(first) == "check ok, speed 3.00x [3.00, 3.00], native 6.00x [6.00, 6.00]"
+    assert report.summary([first]).split()[-2:] == ["3.00x", "6.00x"]
+    assert report.as_record(first)["native_speed"]["median"] == pytest.approx(6.0)
+    without = outcome_of({"eager": 0.6, "fused": 0.2}, {})
+    assert "native" not in report.progress(without) + report.summary([without])
+
+
+class Noting(nn.Conv2d):
+    """A convolution that notes on which engine its copies run; the reference in float64 does not count."""
+
+    noted: list = []  # the class's, so that copies share it
+
+    def forward(self, x):
+        if x.dtype != torch.float64:
+            self.noted.append(current_engine())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_native_contestant_runs_on_the_native_engine(native, monkeypatch):
+    module = Noting(1, 1, 1)
+    monkeypatch.setattr(Noting, "noted", [])
+    case = Case("convolution", is_network=False, mode="training", dtype="float32")
+    x = torch.ones(1, 1, 2, 2)
+    outcome = Job(case, module, x, lambda draw: x, Effort.exactly(1), compile=False, native=native).run()
+    assert ("native" in outcome.race.seconds) == ("native" in outcome.kept) == native
+    # Check, kept bytes, warm-up, one round.
+    assert module.noted.count("native") == (4 if native else 0)
+    assert outcome.check.passed and len(module.noted) > 4
+
+
 def test_a_compiler_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: Broken(module))
     assert main([*BLOCK, "--compile", "--dtype", "float32", "--output", str(tmp_path)]) == 0
@@ -218,7 +264,9 @@ def test_bandwidth_is_in_a_gpu_s_default_run(monkeypatch, with_kernels, expected
     assert parse(["--device", "cuda", "--blocks", "layer1"]).bandwidth is None
 
 
-@pytest.mark.parametrize("arguments", [["--dtype", "float16"], ["--bandwidth", "--device", "meta"]])
+@pytest.mark.parametrize(
+    "arguments", [["--dtype", "float16"], ["--bandwidth", "--device", "meta"], ["--native"], ["--convolutions"]]
+)
 def test_what_a_device_cannot_run_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
@@ -291,7 +339,71 @@ def test_laps_fill_the_cache():
     assert bandwidth.calls_per_lap(1_000_000, 50_000_000) == 200
     assert bandwidth.calls_per_lap(512_000_000, 50_000_000) == bandwidth.FEWEST_CALLS
     assert bandwidth.calls_per_lap(1, 50_000_000) == bandwidth.MOST_CALLS
-    assert bandwidth.cache_bytes(CPU) >= 1 << 18
+    assert device_clock.cache_bytes(CPU) >= 1 << 18
+
+
+def test_convolutions_of_the_networks():
+    shapes = convolutions.shapes(224)
+    assert str(shapes["resnet18.conv1"]) == "3->64 7x7/2 on 224x224"
+    assert str(shapes["resnet18.layer2.0.downsample.0"]) == "64->128 1x1/2 on 56x56"
+    assert str(shapes["resnet50.layer3.0.conv2"]) == "256->256 3x3/2 on 28x28"
+    assert len(shapes) == len(set(shapes.values())) == 29
+    settings = Settings(CPU, ("training",), ("bfloat16",))
+    assert convolutions.cases_per_shape(settings) == 12
+    assert shapes["resnet18.layer4.0.conv2"].flops(2) == 2 * 2 * 7 * 7 * 512 * 512 * 9
+
+
+def test_what_is_said_of_convolutions(tmp_path):
+    shape = convolutions.Shape(64, 56, 64, 1, 1)
+    found = []
+    for which in convolutions.PASSES:
+        for form, native in (("raw", 2e-3), ("fused", 1e-3)):
+            case = convolutions.Case("layer1.conv1", shape, 32, "bfloat16", which, form)
+            times = Race({"native": [native], "library": [1.5e-3]}, others=0.0)
+            found.append(convolutions.Outcome(case, Check(1, 1, None, []), times))
+    *_, line = convolutions.table(found).splitlines()
+    assert line.split() == (
+        "layer1.conv1 64->64 1x1 on 56x56 32 bfloat16 wgrad 2000.0 1500.0 0.75x 0.4 1000.0 1500.0 1.50x 0.8 ok".split()
+    )
+    assert convolutions.summary(found).splitlines()[2].split()[-4:] == ["1.50x", "1", "of", "1"]
+    record = convolutions.records(found)[1]
+    assert record["speed"]["median"] == 1.5 and record["library_seconds"]["median"] == 1.5e-3
+    assert record["native_tflops"] == pytest.approx(2 * 32 * 56 * 56 * 64 * 64 / 1e-3 / 1e12)
+    convolutions.plot(found, tmp_path / "convolutions.png", CPU)
+    assert (tmp_path / "convolutions.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("which", convolutions.PASSES)
+def test_the_library_s_passes_are_what_float64_computes(which, fused):
+    passes = convolutions.Passes(convolutions.Shape(8, 9, 16, 3, 2), 40, torch.float32, CPU)
+    found = passes.compared(which, passes.library(which, fused=fused)(), fused=fused)
+    exact = passes.exact(which, fused=fused)
+    assert found.shape == exact.shape and len(exact) == (16 if which == "wgrad" else 2)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+@needs_tensor_cores
+def test_convolutions_on_the_gpu(tmp_path, capsys):
+    choice = ["--convolutions", "resnet18.layer2.0", "--device", "cuda"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "not native: float32: float32, and torch.backends" in shown and "all checks passed" in shown
+    found = results(tmp_path, "convolutions.json", torch.device("cuda"))["outcomes"]
+    assert len(found) == 2 * 3 * 6  # dtypes, convolutions, passes in both forms
+    for o in found:
+        assert o["batch"] == 2 and o["check"]["passed"] and o["native_seconds"]["median"] > 0
+
+
+@pytest.mark.cuda
+@needs_tensor_cores
+def test_a_wrong_convolution_fails_the_run(tmp_path, capsys, monkeypatch):
+    right = ops.conv_wgrad
+    monkeypatch.setattr(ops, "conv_wgrad", lambda *arguments: right(*arguments) * 1.02)
+    choice = ["--convolutions", "resnet18.layer1", "--dtype", "bfloat16", "--device", "cuda"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 1
+    assert "fused wgrad: dw: FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.cuda
@@ -303,6 +415,7 @@ def test_a_block_on_the_gpu(tmp_path):
     assert cases == [(m, d) for m in ("training", "inference") for d in ("float32", "bfloat16", "float16")]
     for o in found["outcomes"]:
         assert o["check"]["passed"] and o["eager_seconds"]["median"] > 0 and o["fused_seconds"]["median"] > 0
+        assert ("native_seconds" in o) == (ops.native_device_reason(torch.device("cuda")) is None)
         # On the simulator there is no Triton; a GPU may do without it, too, but has to say so.
         assert ("compiled_seconds" in o) != ("compiled" in o.get("absent", {}))
         assert "absent" in o or not simulated()
@@ -333,8 +446,8 @@ def test_bandwidth_on_the_gpu(tmp_path, capsys):
 @pytest.mark.cuda
 def test_the_gpu_s_clock():
     device = torch.device("cuda")
-    clock = bandwidth.DeviceClock(device, cache=1 << 20)
-    assert clock.passes >= 1 and clock.other.nbytes == bandwidth.HEAD_START_BYTES
+    clock = device_clock.DeviceClock(device, head_start=1e-6)
+    assert clock.passes >= 1 and clock.other.nbytes >= device_clock.HEAD_START_BYTES
     x = torch.ones(1 << 20, device=device)
     once, often = (min(clock(lambda n=n: [x.add_(1) for _ in range(n)]) for _ in range(3)) for n in (1, 100))
     assert 10 * once < often < 1.0
@@ -365,14 +478,26 @@ def test_a_gradient_gets_further_inputs_but_not_without_end(limit, draws, passed
     fused.load_state_dict(eager.state_dict())
     fused.limit = limit
     verdict = check(
-        eager, {"fused": fused}, lambda draw: torch.full((1, 1, 4, 4), float(draw)), autocast=None, gradients=True
+        eager,
+        {"fused": fused},
+        lambda draw: torch.full((1, 1, 4, 4), float(draw)),
+        autocast=None,
+        gradients=True,
+        engines={"fused": "auto"},
     )
     assert verdict.passed is passed and verdict.draws == draws
 
 
 def test_an_output_gets_no_further_input():
     eager, fused = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
-    verdict = check(eager, {"fused": fused}, lambda draw: torch.ones(1, 1, 4, 4), autocast=None, gradients=True)
+    verdict = check(
+        eager,
+        {"fused": fused},
+        lambda draw: torch.ones(1, 1, 4, 4),
+        autocast=None,
+        gradients=True,
+        engines={"fused": "auto"},
+    )
     assert not verdict.passed and verdict.draws == 1
 
 

@@ -2,6 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """What native convolutions and whole blocks cost, counted by the simulator: memory, tensor cores, shared memory."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -16,13 +17,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.counted_cost import (  # noqa: E402
     BLOCKS,
     CONVOLUTIONS,
-    PASSES,
     SECTOR,
     BlockStep,
-    Passes,
+    CountedPasses,
     of_ours,
     total,
 )
+from benchmarks.passes import PASSES  # noqa: E402
 
 pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 
@@ -30,8 +31,8 @@ pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_one_pass(sim_counters, name, which):
-    passes = Passes(*CONVOLUTIONS[name])
-    c = of_ours(sim_counters(passes.calls[which]))[0]
+    passes = CountedPasses(*CONVOLUTIONS[name])
+    c = of_ours(sim_counters(functools.partial(passes.run, which)))[0]
     assert c["shared_wavefronts"] == c["shared_ideal_wavefronts"]
 
     # Whole tiles are multiplied: at most what rounding both sides up to 128, and dgrad's four parities, may add.
@@ -40,7 +41,8 @@ def test_one_pass(sim_counters, name, which):
 
     # Every operand crosses memory once; how often tiles read it again is for the caches.
     read, written = passes.least[which]
-    tables = 16 * 4 * (passes.x.shape[1] + passes.y.shape[1])
+    _, shape = CONVOLUTIONS[name]
+    tables = 16 * 4 * (shape.channels + shape.filters)
     assert read <= c["global_distinct_load_sectors"] * SECTOR <= 1.02 * read + tables
     if which != "wgrad":  # which writes partials of its splits
         partials = 3 * 4 * passes.columns[which] * -(-passes.rows[which] // 64)
