@@ -18,6 +18,8 @@ the argument. Results are the same bits from run to run and for any number of th
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -486,6 +488,29 @@ def fused_convolution(
         )
 
 
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as the fake kernel of an operator.
+
+    One meta tensor among real ones is enough for PyTorch to choose the fake kernel, whose results are uninitialised
+    memory: so devices are compared here, as in the operators.
+    """
+
+    def register(kernel: Callable) -> Callable:
+        names = inspect.signature(kernel).parameters
+
+        def checked(*arguments):
+            given = {n: t for n, t in zip(names, arguments, strict=True) if isinstance(t, Tensor)}
+            (first, expected), *others = given.items()
+            for argument, t in others:
+                if t.device != expected.device:
+                    raise ValueError(f"{argument}: expected the device of {first}, {expected.device}, got {t.device}")
+            return kernel(*arguments)
+
+        return torch.library.register_fake(f"resnet_fused::{name}")(checked)
+
+    return register
+
+
 def _empty_tiles(y: Tensor, rows: int) -> Tensor:
     n, channels, height, width = y.shape
     plane = height * width
@@ -497,17 +522,17 @@ def _empty_tiles(y: Tensor, rows: int) -> Tensor:
     return y.new_empty((tiles, rows, channels), dtype=acc_dtype(y.dtype))
 
 
-@torch.library.register_fake("resnet_fused::bn_statistics")
+@_fake("bn_statistics")
 def _(y):
     return _empty_tiles(y, 3)
 
 
-@torch.library.register_fake("resnet_fused::bn_finalize")
+@_fake("bn_finalize")
 def _(statistics, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps):
     return statistics.new_empty(4, statistics.shape[2])
 
 
-@torch.library.register_fake("resnet_fused::bn_coefficients")
+@_fake("bn_coefficients")
 def _(running_mean, running_var, weight, bias, eps, acc_dtype):
     return running_mean.new_empty(4, running_mean.shape[0], dtype=acc_dtype)
 
@@ -517,14 +542,14 @@ def _empty_conv_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> 
     return x.new_empty((x.shape[0], weight.shape[0], *plane)).contiguous(memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("resnet_fused::conv_fprop")
+@_fake("conv_fprop")
 def _(x, coefficients, weight, bias, stride, padding, dilation):
     y = _empty_conv_output(x, weight, stride, padding, dilation)
     tiles = _C.conv_tiles("fprop", *_conv_shape(x.shape, weight.shape, stride, padding, dilation))
     return y, x.new_empty((tiles, 3, weight.shape[0]), dtype=torch.float32)
 
 
-@torch.library.register_fake("resnet_fused::conv_fprop_inference")
+@_fake("conv_fprop_inference")
 def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation):
     return _empty_conv_output(x, weight, stride, padding, dilation)
 
@@ -533,7 +558,7 @@ def _conv_shape(x, weight, stride, padding, dilation) -> tuple[list[int], ...]:
     return tuple([int(v) for v in values] for values in (x, weight, stride, padding, dilation))
 
 
-@torch.library.register_fake("resnet_fused::conv_dgrad")
+@_fake("conv_dgrad")
 def _(
     grad,
     y,
@@ -555,7 +580,7 @@ def _(
     return dx, grad.new_empty((tiles, 2, weight.shape[1]), dtype=torch.float32)
 
 
-@torch.library.register_fake("resnet_fused::conv_wgrad")
+@_fake("conv_wgrad")
 def _(grad, y, backward_coefficients, x, coefficients, filter, stride, padding, dilation, dtype):
     dw = x.new_empty((grad.shape[1], x.shape[1], *filter), dtype=dtype)
     return dw.contiguous(memory_format=torch.channels_last)
@@ -565,33 +590,33 @@ def _empty_dense(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch._prims_common.suggest_memory_format(like))
 
 
-@torch.library.register_fake("resnet_fused::bn_apply")
+@_fake("bn_apply")
 def _(y, coefficients, shortcut, shortcut_coefficients, relu):
     return _empty_dense(y)
 
 
-@torch.library.register_fake("resnet_fused::bn_backward_reduce")
+@_fake("bn_backward_reduce")
 def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad):
     sums = _empty_tiles(y, 2 if shortcut_coefficients is None else 3)
     return (_empty_dense(y) if write_grad else y.new_empty(0)), sums
 
 
-@torch.library.register_fake("resnet_fused::bn_backward_finalize")
+@_fake("bn_backward_finalize")
 def _(sums, coefficients, branch, count, batch_statistics):
     return sums.new_empty(5, sums.shape[2])
 
 
-@torch.library.register_fake("resnet_fused::bn_backward_apply")
+@_fake("bn_backward_apply")
 def _(grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics):
     return _empty_dense(y)
 
 
-@torch.library.register_fake("resnet_fused::bn_backward_apply_")
+@_fake("bn_backward_apply_")
 def _(grad, y, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics):
     return None
 
 
-@torch.library.register_fake("resnet_fused::bn_backward_apply_pair")
+@_fake("bn_backward_apply_pair")
 def _(
     grad,
     y,
@@ -607,6 +632,6 @@ def _(
     return _empty_dense(y), _empty_dense(y)
 
 
-@torch.library.register_fake("resnet_fused::relu_backward_add_")
+@_fake("relu_backward_add_")
 def _(out, grad, y, coefficients, shortcut, z):
     return None

@@ -3,6 +3,9 @@
 """The CPU's memory pool: what comes from it, that it is used again, and that it lets go."""
 
 import gc
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pytest
@@ -122,6 +125,34 @@ def test_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_fork_amid_allocations():
+    """As of a DataLoader's workers; the child would wait for a lock whose holder it has not."""
+    script = """
+        import os, signal, threading, torch
+        from resnet_fused import ops
+        torch.set_num_threads(1)  # OpenMP's threads don't survive a fork
+        y, table = torch.zeros(1, 1, 2048, 1024), torch.zeros(4, 1)
+        part = y[:, :, :1200].clone()
+
+        def work():
+            while True:  # neither fits where the other was: unmapping it takes long
+                ops.bn_apply(y, table)
+                ops.bn_apply(part, table)
+
+        for _ in range(2):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in range(40):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)
+                ops.bn_apply(y, table)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        os._exit(0)
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], check=True, timeout=120)
 
 
 def test_profiler_sees_it():

@@ -412,6 +412,8 @@ TABLE = torch.ones(4, 3)
             ValueError,
             "momentum: None, the cumulative average, needs num_batches_tracked",
         ),
+        (lambda: ops.bn_apply(Y, TABLE.to("meta")), ValueError, "coefficients: expected the device of y, cpu"),
+        (lambda: ops.bn_apply(Y.to("meta"), TABLE), ValueError, "coefficients: expected the device of y, meta"),
         (lambda: ops.bn_backward_reduce(Y[:1], Y, TABLE), ValueError, "grad: expected the shape of y"),
         (
             lambda: ops.bn_backward_finalize(torch.ones(1, 2, 3), TABLE, 1, 4, True),

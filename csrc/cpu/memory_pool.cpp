@@ -4,6 +4,7 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstring>
@@ -22,6 +23,12 @@ struct Block {
 
 class MemoryPool final : public c10::Allocator {
  public:
+  // A child of fork() has no thread that would unlock what another thread had locked: forks wait for the lock.
+  MemoryPool() {
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+  }
+
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kPooledBytes) return c10::GetDefaultCPUAllocator()->allocate(bytes);
     void* data = take(bytes);
