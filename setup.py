@@ -21,7 +21,7 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 TORCH_MIN, TORCH_END = (2, 11), (2, 16)
-DEFAULT_CUDA_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 
 CPP_SOURCES = [
     "csrc/bindings/library.cpp",
@@ -95,8 +95,15 @@ def use_cuda(sources: list[str], torch_cuda: str | None, nvcc: bool, gpu: bool, 
     return bool(sources) and torch_cuda is not None and nvcc and (gpu or force)
 
 
-def cuda_arch_list(environ) -> str:
-    return environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCH_LIST
+def known_archs(nvcc: Path) -> list[str]:
+    """What `nvcc` compiles for: compute_75, ... Toolkits before 12.8, which torch comes for too, lack the newest."""
+    return subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def cuda_arch_list(environ, known: list[str]) -> str:
+    """For the GPUs that the environment names, or all usual ones of those `known`, with PTX for later ones."""
+    usual = [arch for arch in DEFAULT_CUDA_ARCHS if f"compute_{arch.rstrip('a').replace('.', '')}" in known]
+    return environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(usual) + "+PTX"
 
 
 def check_compiler(cxx: str) -> None:
@@ -130,9 +137,10 @@ def find_toolkit(environ) -> None:
 def make_extension(torch, environ):
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
-    nvcc = CUDA_HOME is not None and Path(CUDA_HOME, "bin", "nvcc").exists()
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    there = CUDA_HOME is not None and nvcc.exists()
     force = environ.get("FORCE_CUDA") == "1"
-    cuda = use_cuda(CUDA_SOURCES, torch.version.cuda, nvcc, torch.cuda.is_available(), force)
+    cuda = use_cuda(CUDA_SOURCES, torch.version.cuda, there, torch.cuda.is_available(), force)
     cxx_flags, nvcc_flags = list(CXX_FLAGS), list(NVCC_FLAGS)
     if environ.get("RESNET_FUSED_WERROR") == "1":
         cxx_flags.append("-Werror")
@@ -140,7 +148,7 @@ def make_extension(torch, environ):
     macros = [("RESNET_FUSED_VERSION", f'"{VERSION}"')]
     if cuda:
         macros.append(("RESNET_FUSED_WITH_CUDA", None))
-        environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(environ)
+        environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(environ, known_archs(nvcc))
     extension = (CUDAExtension if cuda else CppExtension)(
         name="resnet_fused._C",
         sources=CPP_SOURCES + (CUDA_SOURCES if cuda else []),

@@ -11,6 +11,12 @@
 
 namespace resnet_fused {
 
+// What shapes the native convolutions take.
+inline constexpr int64_t kChannelMultiple = 8;   // 16 bytes of 16-bit values; the same for float32
+inline constexpr int64_t kMostChannels = 2048;   // the prologue's tables have to fit into shared memory
+inline constexpr int64_t kMostTaps = 7;          // per dimension
+inline constexpr int64_t kMostPixels = (int64_t{1} << 31) - 1024;  // kernels count them in 32 bits, a stage too far
+
 // A 2-d convolution by the names of the literature: x [N, H, W, C], weight [K, R, S, C], y [N, P, Q, K].
 struct ConvShape {
   int n, h, w, c;

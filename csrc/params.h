@@ -57,6 +57,7 @@ struct FinalizeParams {
   int64_t* num_batches_tracked;  // may be null
   double momentum;               // < 0: cumulative average, 1 / num_batches_tracked
   double eps;
+  void* workspace;     // [merge_groups(tiles), 3, C] acc
   void* coefficients;  // [4, C] acc
 };
 
@@ -113,6 +114,7 @@ struct BackwardFinalizeParams {
   bool double_precision;
   const void* sums;           // [tiles, sums_rows, C] acc
   const void* coefficients;   // [4, C] acc, of this branch
+  double* workspace;            // [merge_groups(tiles), 2, C]
   void* backward_coefficients;  // [5, C] acc
 };
 
@@ -146,6 +148,7 @@ struct ReluBackwardAddParams {
 // One device's implementation of the vocabulary. Every entry returns after the work is enqueued (CPU: done).
 struct Backend {
   int64_t (*reduction_tiles)(const Extent&);  // by shape alone
+  int64_t (*merge_groups)(int64_t tiles);     // in how many groups finalize merges them first; 0: at once
   void (*statistics)(const StatisticsParams&);
   void (*finalize)(const FinalizeParams&);
   void (*coefficients)(const CoefficientsParams&);

@@ -323,7 +323,7 @@ def native_reason(
 ) -> str | None:
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
     channels = (weight.shape[1], weight.shape[0])
-    multiple, most, taps = _C.native_limits()
+    multiple, most, taps, pixels = _C.native_limits()
     if reason := native_device_reason(x.device):
         return reason
     if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
@@ -342,6 +342,9 @@ def native_reason(
         return f"stride={tuple(stride)}; native are 1 and 2"
     if min(padding) < 0:
         return f"padding={tuple(padding)}"
+    planes = (x.shape[2:], output_plane(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    if any(x.shape[0] * height * width > pixels for height, width in planes):
+        return f"input {tuple(x.shape)}; native are up to {pixels} pixels"
     return None
 
 

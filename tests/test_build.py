@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,15 +91,25 @@ def test_cuda_forced_with_a_torch_without_cuda():
         build.use_cuda(["csrc/cuda/a.cu"], None, nvcc=True, gpu=False, force=True)
 
 
+OLDER = [f"compute_{arch}" for arch in (75, 80, 86, 87, 89, 90)]  # of the toolkits before 12.8
+NEWER = [*OLDER, "compute_100", "compute_103", "compute_110", "compute_120", "compute_121"]
+
+
 def test_cuda_arch_list():
-    assert build.cuda_arch_list({}) == "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": ""}) == build.DEFAULT_CUDA_ARCH_LIST
-    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}) == "8.0 9.0a"
+    assert build.cuda_arch_list({}, NEWER) == "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+    assert build.cuda_arch_list({}, OLDER) == "7.5;8.0;8.6;8.9;9.0a+PTX"
+    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": ""}, NEWER) == build.cuda_arch_list({}, NEWER)
+    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}, NEWER) == "8.0 9.0a"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_known_archs_are_nvcc_s():
+    assert {"compute_80", "compute_90"} <= set(build.known_archs(shutil.which("nvcc")))
 
 
 def test_default_cuda_arch_list_is_what_torch_knows(monkeypatch):
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.DEFAULT_CUDA_ARCH_LIST)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.cuda_arch_list({}, NEWER))
     flags = cpp_extension._get_cuda_arch_flags(build.NVCC_FLAGS)
     assert "-gencode=arch=compute_90a,code=sm_90a" in flags
     assert "-gencode=arch=compute_120,code=compute_120" in flags
@@ -162,7 +173,9 @@ def torch_with_cuda(tmp_path, monkeypatch):
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
     toolkit = tmp_path / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
-    (toolkit / "bin" / "nvcc").touch()
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_90\n")
+    nvcc.chmod(0o755)
     site_packages = tmp_path / "archive"  # contains the letters that nvcc's flags may not
     for folder in ("torch", "nvidia/cu13/include", "nvidia/cublas/include"):
         (site_packages / folder).mkdir(parents=True)
@@ -182,7 +195,7 @@ def test_extension_with_cuda(torch_with_cuda):
     assert extension.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
     assert ("RESNET_FUSED_WITH_CUDA", None) in extension.define_macros
     assert ("RESNET_FUSED_VERSION", f'"{build.VERSION}"') in extension.define_macros
-    assert environ["TORCH_CUDA_ARCH_LIST"] == build.DEFAULT_CUDA_ARCH_LIST
+    assert environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0a+PTX"  # of what this nvcc knows
     wheels = [str(site_packages / "nvidia" / name / "include") for name in ("cu13", "cublas")]
     assert extension.include_dirs[-2:] == wheels
     cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]

@@ -332,6 +332,11 @@ def fprop(x, weight):
             "x: expected a plane of at least the filter's extent",
         ),
         (
+            lambda: ops.conv_fprop(half(1, 8, 2, 9), None, half(8, 8, 3, 3), None, (2, 2), (0, 0), (1, 1)),
+            ValueError,
+            "x: expected a plane of at least the filter's extent",
+        ),
+        (
             lambda: ops.conv_fprop(half(1, 8, 4, 4), half(4, 8), half(8, 8, 1, 1), None, *ONE),
             TypeError,
             "coefficients: expected dtype Float",
@@ -455,7 +460,7 @@ def test_float32_follows_the_switch_for_tf32(monkeypatch, allowed):
     assert errors(found[0].detach(), exact.detach()).two_norm < (1e-2 if allowed else 1e-5)
 
 
-def test_what_is_not_native_says_why():
+def test_what_is_not_native_says_why(monkeypatch):
     x = half(1, 16, 4, 4).to(memory_format=torch.channels_last)
     one = ((1, 1), (0, 0), (1, 1), 1)
     assert ops.native_reason(x, half(8, 16, 1, 1), *one) is None
@@ -468,5 +473,10 @@ def test_what_is_not_native_says_why():
         "taps": ops.native_reason(x, half(8, 16, 9, 9), *one),
         "device cpu": ops.native_reason(x.cpu(), half(8, 16, 1, 1), *one),
     }
+    *limits, pixels = ops._C.native_limits()
+    assert pixels > 2**30
+    for most, padding in ((15, 0), (35, 1)):  # the input's pixels, or the output's
+        monkeypatch.setattr(ops._C, "native_limits", lambda most=most: (*limits, most))
+        reasons[f"up to {most} pixels"] = ops.native_reason(x, half(8, 16, 1, 1), (1, 1), (padding,) * 2, (1, 1), 1)
     for part, reason in reasons.items():
         assert reason and part in reason

@@ -147,6 +147,27 @@ def test_finalize(kernels, momentum, running):
     assert_near(actual, expected, torch.float32)
 
 
+# Up to 512 tiles are merged at once on CUDA, beyond that in groups; the uneven numbers leave groups of unequal size.
+@pytest.mark.parametrize("tiles", [1, 15, 129, 512, 513, 1511])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_tiles(kernels, dtype, tiles):
+    channels = 37
+    counts = torch.randint(0, 4, (tiles, 1)).expand(tiles, channels).to(dtype)  # some of them empty
+    counts[-1] = 3
+    statistics = torch.stack((counts, 1 + torch.randn(tiles, channels).to(dtype), counts * torch.rand(channels)), 1)
+    statistics *= (counts > 0)[:, None]
+    actual = kernels.bn_finalize(statistics, None, None, None, None, None, 0.1, 1e-3)
+    expected = reference.bn_finalize(statistics.double(), None, None, None, None, None, 0.1, 1e-3)
+    assert_near(actual, expected, dtype)
+
+    table = torch.rand(4, channels, dtype=dtype)
+    for branch in (0, 1):
+        sums = torch.randn(tiles, 2 + branch, channels, dtype=dtype)
+        actual = kernels.bn_backward_finalize(sums, table, branch, 1000, True)
+        expected = reference.bn_backward_finalize(sums.double(), table.double(), branch, 1000, True)
+        assert_near(actual, expected, dtype)
+
+
 def test_coefficients(kernels):
     mean, var, weight, bias = torch.randn(7), torch.rand(7), torch.rand(7), torch.randn(7)
     args = (mean, var, weight, bias)

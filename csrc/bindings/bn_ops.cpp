@@ -25,6 +25,12 @@ int64_t reduction_tiles(const Dense& dense) {
   return backend_of(dense.tensor.device().type()).reduction_tiles(dense.extent());
 }
 
+// What the backend needs to merge `tiles` [tiles, ..., C].
+Tensor merge_workspace(const Tensor& tiles, int64_t rows, at::ScalarType dtype) {
+  const int64_t groups = backend_of(tiles.device().type()).merge_groups(tiles.size(0));
+  return at::empty({groups, rows, tiles.size(2)}, tiles.options().dtype(dtype));
+}
+
 at::TensorOptions acc_options(const Tensor& like, at::ScalarType acc) {
   return at::TensorOptions().device(like.device()).dtype(acc);
 }
@@ -115,6 +121,8 @@ Tensor bn_finalize(const Tensor& statistics, const OptionalTensor& weight, const
   p.num_batches_tracked = given(num_batches_tracked) ? num_batches_tracked->data_ptr<int64_t>() : nullptr;
   p.momentum = momentum.value_or(-1.0);
   p.eps = eps;
+  const Tensor workspace = merge_workspace(statistics, kStatisticsRows, statistics.scalar_type());
+  p.workspace = workspace.data_ptr();
   p.coefficients = coefficients.data_ptr();
   on_device_of(statistics)->finalize(p);
   return coefficients;
@@ -200,9 +208,10 @@ Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int6
   const int64_t channels = sums.size(2);
   check_table(coefficients, "coefficients", kCoefficientRows, channels, sums.scalar_type(), sums);
   Tensor out = at::empty({kBackwardRows, channels}, sums.options());
+  const Tensor workspace = merge_workspace(sums, 2, at::kDouble);
   on_device_of(sums)->backward_finalize({channels, sums.size(0), sums.size(1), branch, count, batch_statistics,
                                       sums.scalar_type() == at::kDouble, sums.const_data_ptr(),
-                                      coefficients.const_data_ptr(), out.data_ptr()});
+                                      coefficients.const_data_ptr(), workspace.data_ptr<double>(), out.data_ptr()});
   return out;
 }
 

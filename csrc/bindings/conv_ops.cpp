@@ -8,7 +8,6 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <tuple>
 
 #include "../conv_params.h"
@@ -39,8 +38,8 @@ void check_conv_activation(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.size(1) % kChannelMultiple == 0 && t.size(1) > 0 && t.size(1) <= kMostChannels, name,
                     ": expected a multiple of ", kChannelMultiple, " channels up to ", kMostChannels, ", got ",
                     t.size(1));
-  TORCH_CHECK_VALUE(t.size(0) * t.size(2) * t.size(3) <= std::numeric_limits<int>::max(), name,
-                    ": expected fewer than 2^31 pixels, got ", t.sizes());
+  TORCH_CHECK_VALUE(t.size(0) * t.size(2) * t.size(3) <= kMostPixels, name, ": expected at most ", kMostPixels,
+                    " pixels, got ", t.sizes());
 }
 
 void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
@@ -56,8 +55,10 @@ int pair_at(IntArrayRef values, int i, const char* name, int64_t least, int64_t 
   return static_cast<int>(values[i]);
 }
 
+// 0 where the filter does not fit.
 int64_t output_size(int64_t size, int pad, int dilation, int64_t filter, int stride) {
-  return (size + 2 * pad - dilation * (filter - 1) - 1) / stride + 1;
+  const int64_t left = size + 2 * pad - dilation * (filter - 1) - 1;
+  return left < 0 ? 0 : left / stride + 1;
 }
 
 // From the input's size [N, C, H, W] and the weight's.
@@ -81,8 +82,8 @@ ConvShape conv_shape(IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntA
   const int64_t q = output_size(s.w, s.pad_w, s.dilation_w, s.s, s.stride_w);
   TORCH_CHECK_VALUE(p >= 1 && q >= 1, "x: expected a plane of at least the filter's extent, got ", x, " for weight ",
                     weight);
-  TORCH_CHECK_VALUE(p * q * s.n <= std::numeric_limits<int>::max(), "x: expected fewer than 2^31 output pixels, got ",
-                    x, " with padding ", padding);
+  TORCH_CHECK_VALUE(p * q * s.n <= kMostPixels, "x: expected at most ", kMostPixels, " output pixels, got ", x,
+                    " with padding ", padding);
   s.p = static_cast<int>(p), s.q = static_cast<int>(q);
   return s;
 }

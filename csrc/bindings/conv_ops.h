@@ -11,11 +11,6 @@
 
 namespace resnet_fused {
 
-// What shapes the native convolutions take.
-inline constexpr int64_t kChannelMultiple = 8;   // 16 bytes of 16-bit values; the same for float32
-inline constexpr int64_t kMostChannels = 2048;   // the prologue's tables have to fit into shared memory
-inline constexpr int64_t kMostTaps = 7;          // per dimension
-
 #ifdef RESNET_FUSED_WITH_CUDA
 // How many tiles conv_fprop's statistics ("fprop") or conv_dgrad's sums ("dgrad") have; sizes [N, C, H, W] and
 // [K, C, R, S].

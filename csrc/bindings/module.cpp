@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../conv_params.h"
 #include "../cpu/kernels.h"
 #include "../cpu/memory_pool.h"
 #include "backends.h"
@@ -68,7 +69,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("reduction_tiles", &reduction_tiles);
   m.def("native_limits", [] {
-    return std::tuple(resnet_fused::kChannelMultiple, resnet_fused::kMostChannels, resnet_fused::kMostTaps);
+    using namespace resnet_fused;
+    return std::tuple(kChannelMultiple, kMostChannels, kMostTaps, kMostPixels);
   });
 #ifdef RESNET_FUSED_WITH_CUDA
   using Sizes = std::vector<int64_t>;

@@ -108,6 +108,7 @@ Moments merge_tiles(const void* statistics, int64_t tiles, int64_t channels, int
 
 // Reductions merge their tiles before they return.
 int64_t merged_tiles(const Extent&) { return 1; }
+int64_t no_groups(int64_t) { return 0; }
 
 void statistics(const StatisticsParams& p) {
   with_acc(p.dtype == DType::Float64, [&](auto zero) {
@@ -229,9 +230,11 @@ const char* instruction_set() { return choice().name; }
 namespace resnet_fused {
 
 const Backend& cpu_backend() {
-  static const Backend backend = {cpu::merged_tiles,   cpu::statistics,        cpu::finalize,
-                                  cpu::coefficients,   cpu::apply,             cpu::backward_reduce,
-                                  cpu::backward_finalize, cpu::backward_apply, cpu::relu_backward_add};
+  static const Backend backend = {
+      cpu::merged_tiles,    cpu::no_groups,         cpu::statistics,     cpu::finalize,          cpu::coefficients,
+      cpu::apply,           cpu::backward_reduce,   cpu::backward_finalize, cpu::backward_apply,
+      cpu::relu_backward_add,
+  };
   return backend;
 }
 

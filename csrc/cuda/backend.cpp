@@ -8,6 +8,7 @@
 
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "conv/shapes.h"
@@ -32,6 +33,23 @@ int64_t resident_blocks(const void* kernel) {
   return blocks;
 }
 
+cudaError_t prepare_conv(const void* kernel, int most_shared_bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> prepared;
+  const std::pair key{c10::cuda::current_device(), kernel};
+  const std::lock_guard lock(mutex);
+  if (prepared.count(key) != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  // Compiled on the card from PTX for an older one, it has no body either.
+  if (status == cudaSuccess && attributes.ptxVersion < 80) status = cudaErrorNoKernelImageForDevice;
+  if (status == cudaSuccess) {  // more than 48 KB have to be asked for
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
+  }
+  if (status == cudaSuccess) prepared.insert(key);
+  return status;
+}
+
 namespace {
 
 template <auto kEnqueue, class Params>
@@ -45,6 +63,7 @@ void on_current_stream(const Params& p) {
 const Backend& cuda_backend() {
   static const Backend backend = {
       cuda::reduction_tiles,
+      cuda::merge_groups,
       cuda::on_current_stream<cuda::statistics, StatisticsParams>,
       cuda::on_current_stream<cuda::finalize, FinalizeParams>,
       cuda::on_current_stream<cuda::coefficients, CoefficientsParams>,

@@ -2,7 +2,8 @@
 // Copyright (c) the resnet_fused authors
 //
 // The small kernels between two passes: tiles are merged, per-channel vectors come out. Warps read neighbouring
-// channels; the kLanes threads of a channel take every kLanes-th tile and are merged in their order.
+// channels; the kLanes threads of a channel take every kLanes-th tile and are merged in their order. Many tiles are
+// merged twice: first by a block per group of them (merge_groups), then the groups.
 #include "device/reduce.cuh"
 #include "device/types.cuh"
 #include "kernels.h"
@@ -12,6 +13,7 @@ namespace resnet_fused::cuda {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kHeld = 8;  // tiles that a thread loads before it merges them
 // At least, per multiprocessor: without the bound ptxas spills to reach more.
 constexpr int kBlocks = 1;
 
@@ -45,6 +47,76 @@ __device__ void merge_lanes(Part& part) {
   }
 }
 
+// The union of a channel's tiles begin ... end - 1, `tile(t)` being the t-th; the result as of merge_lanes.
+template <class Part, class Tile>
+__device__ Part merge_tiles(int64_t begin, int64_t end, Tile tile) {
+  Part total{};
+  for (int64_t t = begin + threadIdx.y; t < end; t += kLanes * kHeld) {
+    Part held[kHeld];
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) held[u] = t + u * kLanes < end ? tile(t + u * kLanes) : Part{};
+#pragma unroll
+    for (int u = 0; u < kHeld; ++u) total.merge(held[u]);
+  }
+  merge_lanes(total);
+  return total;
+}
+
+template <class Acc>
+__device__ Moments<Acc> merge_statistics(const void* statistics, int64_t channels, int64_t c, int64_t begin,
+                                         int64_t end) {
+  return merge_tiles<Moments<Acc>>(begin, end, [=](int64_t t) -> Moments<Acc> {
+    const Acc* tile = static_cast<const Acc*>(statistics) + t * kStatisticsRows * channels + c;
+    return {tile[kCount * channels], tile[kTileMean * channels], tile[kM2 * channels]};
+  });
+}
+
+struct BackwardSums {
+  double grad, product;
+
+  __device__ void merge(const BackwardSums& other) {
+    grad += other.grad;
+    product += other.product;
+  }
+};
+
+// `rows` of a tile, of which the first and `product_row` are summed.
+template <class Acc>
+__device__ BackwardSums merge_sums(const void* sums, int64_t rows, int64_t product_row, int64_t channels, int64_t c,
+                                   int64_t begin, int64_t end) {
+  return merge_tiles<BackwardSums>(begin, end, [=](int64_t t) -> BackwardSums {
+    const Acc* tile = static_cast<const Acc*>(sums) + t * rows * channels + c;
+    return {tile[0], tile[product_row * channels]};
+  });
+}
+
+// The tiles of group blockIdx.y.
+__device__ int64_t group_begin(int64_t tiles, int64_t group) { return tiles * group / gridDim.y; }
+
+template <class Acc>
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) group_statistics(const FinalizeParams p) {
+  const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
+  const int64_t end = c < p.channels ? group_begin(p.tiles, blockIdx.y + 1) : 0;
+  const auto total = merge_statistics<Acc>(p.statistics, p.channels, c, group_begin(p.tiles, blockIdx.y), end);
+  if (threadIdx.y != 0 || c >= p.channels) return;
+  Acc* out = static_cast<Acc*>(p.workspace) + blockIdx.y * kStatisticsRows * p.channels + c;
+  out[kCount * p.channels] = total.count;
+  out[kTileMean * p.channels] = total.mean;
+  out[kM2 * p.channels] = total.m2;
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) group_sums(const BackwardFinalizeParams p) {
+  const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
+  const int64_t end = c < p.channels ? group_begin(p.tiles, blockIdx.y + 1) : 0;
+  const auto total = merge_sums<Acc>(p.sums, p.sums_rows, 1 + p.branch, p.channels, c,
+                                     group_begin(p.tiles, blockIdx.y), end);
+  if (threadIdx.y != 0 || c >= p.channels) return;
+  double* out = p.workspace + blockIdx.y * 2 * p.channels + c;
+  out[0] = total.grad;
+  out[p.channels] = total.product;
+}
+
 template <class Acc>
 __device__ void write_coefficients(Acc* coefficients, int64_t channels, int64_t c, double mean, double invstd,
                                    const ChannelVector& weight, const ChannelVector& bias) {
@@ -60,16 +132,7 @@ __global__ void increment(int64_t* counter) { ++*counter; }
 template <class Acc>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) finalize_channels(const FinalizeParams p) {
   const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
-  Moments<Acc> total{0, 0, 0};
-  if (c < p.channels) {
-    const auto* tiles = static_cast<const Acc*>(p.statistics) + c;
-#pragma unroll 4
-    for (int64_t t = threadIdx.y; t < p.tiles; t += kLanes) {
-      const Acc* tile = tiles + t * kStatisticsRows * p.channels;
-      total.merge({tile[kCount * p.channels], tile[kTileMean * p.channels], tile[kM2 * p.channels]});
-    }
-  }
-  merge_lanes(total);
+  const auto total = merge_statistics<Acc>(p.statistics, p.channels, c, 0, c < p.channels ? p.tiles : 0);
   if (threadIdx.y != 0 || c >= p.channels) return;
 
   const double mean = total.mean, m2 = total.m2, count = total.count;
@@ -99,49 +162,67 @@ __global__ void frozen_coefficients(const CoefficientsParams p) {
 
 // a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M (Ioffe & Szegedy 2015, section 3,
 // solved for dy).
-template <class Acc>
+// `Tile`: double where the sums are those of groups.
+template <class Acc, class Tile>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
     backward_finalize_channels(const BackwardFinalizeParams p) {
   const int64_t channel = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
-  Sum<double> grad{0}, product{0};
-  if (channel < p.channels) {
-    const auto* tiles = static_cast<const Acc*>(p.sums) + channel;
-#pragma unroll 4
-    for (int64_t t = threadIdx.y; t < p.tiles; t += kLanes) {
-      const Acc* tile = tiles + t * p.sums_rows * p.channels;
-      grad.value += tile[0];
-      product.value += tile[(1 + p.branch) * p.channels];
-    }
-  }
-  merge_lanes(grad);
-  __syncthreads();  // both merges use the same shared memory
-  merge_lanes(product);
+  const auto total = merge_sums<Tile>(p.sums, p.sums_rows, 1 + p.branch, p.channels, channel, 0,
+                                      channel < p.channels ? p.tiles : 0);
   if (threadIdx.y != 0 || channel >= p.channels) return;
 
   const auto* forward = static_cast<const Acc*>(p.coefficients) + channel;
   const double mean = forward[kMean * p.channels];
   const double invstd = forward[kInvstd * p.channels];
   const double scale = forward[kScale * p.channels];
-  const double grad_weight = product.value * invstd;
+  const double grad_weight = total.product * invstd;
   const double per_value = p.batch_statistics ? scale / static_cast<double>(p.count) : 0.0;
   auto* out = static_cast<Acc*>(p.backward_coefficients) + channel;
   out[kGradWeight * p.channels] = static_cast<Acc>(grad_weight);
-  out[kGradBias * p.channels] = static_cast<Acc>(grad.value);
+  out[kGradBias * p.channels] = static_cast<Acc>(total.grad);
   out[kA * p.channels] = static_cast<Acc>(scale);
   out[kB * p.channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
-  out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - grad.value));
+  out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - total.grad));
 }
 
-dim3 blocks_of(int64_t channels) { return dim3(static_cast<unsigned>(ceil_div(channels, kWarpThreads))); }
+dim3 blocks_of(int64_t channels, int64_t groups = 1) {
+  return dim3(static_cast<unsigned>(ceil_div(channels, kWarpThreads)), static_cast<unsigned>(groups));
+}
+
+constexpr dim3 kBlock(kWarpThreads, kLanes);
+
+template <class Acc>
+cudaError_t launch_finalize(FinalizeParams p, cudaStream_t stream) {
+  if (const int64_t groups = merge_groups(p.tiles)) {
+    group_statistics<Acc><<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p);
+    p.statistics = p.workspace;
+    p.tiles = groups;
+  }
+  finalize_channels<Acc><<<blocks_of(p.channels), kBlock, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class Acc>
+cudaError_t launch_backward_finalize(BackwardFinalizeParams p, cudaStream_t stream) {
+  if (const int64_t groups = merge_groups(p.tiles)) {
+    group_sums<Acc><<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p);
+    p.sums = p.workspace;
+    p.tiles = groups;
+    p.sums_rows = 2;
+    p.branch = 0;
+    backward_finalize_channels<Acc, double><<<blocks_of(p.channels), kBlock, 0, stream>>>(p);
+  } else {
+    backward_finalize_channels<Acc, Acc><<<blocks_of(p.channels), kBlock, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
 
 }  // namespace
 
 cudaError_t finalize(const FinalizeParams& p, cudaStream_t stream) {
   // The cumulative average needs the new count in every block.
   if (p.num_batches_tracked && p.momentum < 0) increment<<<1, 1, 0, stream>>>(p.num_batches_tracked);
-  const auto kernel = p.double_precision ? finalize_channels<double> : finalize_channels<float>;
-  kernel<<<blocks_of(p.channels), dim3(kWarpThreads, kLanes), 0, stream>>>(p);
-  return cudaGetLastError();
+  return p.double_precision ? launch_finalize<double>(p, stream) : launch_finalize<float>(p, stream);
 }
 
 cudaError_t coefficients(const CoefficientsParams& p, cudaStream_t stream) {
@@ -151,9 +232,7 @@ cudaError_t coefficients(const CoefficientsParams& p, cudaStream_t stream) {
 }
 
 cudaError_t backward_finalize(const BackwardFinalizeParams& p, cudaStream_t stream) {
-  const auto kernel = p.double_precision ? backward_finalize_channels<double> : backward_finalize_channels<float>;
-  kernel<<<blocks_of(p.channels), dim3(kWarpThreads, kLanes), 0, stream>>>(p);
-  return cudaGetLastError();
+  return p.double_precision ? launch_backward_finalize<double>(p, stream) : launch_backward_finalize<float>(p, stream);
 }
 
 }  // namespace resnet_fused::cuda

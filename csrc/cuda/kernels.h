@@ -28,4 +28,8 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream);
 // For the launches: how many blocks of kThreads threads of `kernel` the current device runs at the same time.
 int64_t resident_blocks(const void* kernel);
 
+// For the launches: lets a convolution use up to so much shared memory on the current device, once; an error where the
+// build has no body of it for this card.
+cudaError_t prepare_conv(const void* kernel, int most_shared_bytes);
+
 }  // namespace resnet_fused::cuda

@@ -45,4 +45,12 @@ inline int64_t reduction_tiles(const Extent& extent) {
   return tiles < 1 ? 1 : tiles;
 }
 
+// A convolution leaves a tile per block, thousands where activations are large: too many for the few blocks that
+// finalize has, 32 channels each. Groups of them are then merged first, by a block each.
+constexpr int64_t merge_groups(int64_t tiles) {
+  constexpr int64_t kAtOnce = 512, kGroup = 128, kMost = 32768;  // no more than a grid's y
+  const int64_t groups = ceil_div(tiles, kGroup);
+  return tiles <= kAtOnce ? 0 : groups < kMost ? groups : kMost;
+}
+
 }  // namespace resnet_fused::cuda

@@ -17,24 +17,27 @@
 namespace resnet_fused::cuda {
 namespace {
 
-constexpr int kStages = 3;  // two sources per stage
+// Where more would spill, fewer than the tile's.
+template <class T, class Tile>
+inline constexpr int kBlocks =
+    sizeof(typename T::Value) == 2 && Tile::kM == Tile::kN ? Tile::kBlocks : 384 / Tile::kBlockThreads;
 
 template <class T, class Tile, class Prologue>
 struct Dgrad {
-  using A = GatheredPixels<T, Tile, Prologue, kStages>;
-  using B = WeightColumns<T, Tile, kStages>;
+  using A = GatheredPixels<T, Tile, Prologue>;
+  using B = WeightColumns<T, Tile>;
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
-  static constexpr int kRing = larger(kRingBytes<A, B, kStages>, Staged::kBytes + 2 * Sums::kBytes);
+  static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
 
-  static int shared_bytes(const ConvShape& s) { return kRing + ChannelTables::bytes(Prologue::kTables, s.k); }
+  static constexpr int shared_bytes(int channels) { return kRing + ChannelTables::bytes(Prologue::kTables, channels); }
 };
 
 template <class T, class Tile, class Prologue>
-__global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile>) dgrad_kernel(const DgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Dgrad<T, Tile, Prologue>;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
   ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.k);
   fill_tables<Prologue>(tables, p.grad.backward_coefficients, s.k, 0, s.k);
@@ -50,12 +53,13 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   typename Parts::A a(p.grad.g, p.grad.y, tables, gh, gw, s.k, grid, part.first_row);
   typename Parts::B b(p.weight, s, gh, gw, first_column);
   Accumulators<Tile> d = {};
-  accumulate<T, Tile, kStages>(a, b, shared, a.iterations(), d);
+  accumulate<T, Tile>(a, b, shared, a.iterations(), d);
 
   const int64_t left = grid.pixels() - part.first_row;
   const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
   const auto pixel_of = [&](int row) {
     if (row >= rows) return int64_t{-1};
+    if (s.stride_h == 1 && s.stride_w == 1) return part.first_row + row;  // no division
     const int pixel = static_cast<int>(part.first_row + row);
     const int w = pixel % grid.width * s.stride_w + part.parity_w;
     const int nh = pixel / grid.width;
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   typename Parts::Staged staged(shared);
   if (p.addend) {
     staged.load(p.addend, pixel_of, s.c, first_column);
-    for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
+    for_each_pair<Tile>(d, [&](int row, int column, int, float& v0, float& v1) {
       if (row >= rows || first_column + column >= s.c) return;
       const auto pair = staged.read(row, column);
       v0 += T::load(pair[0]);
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
     __syncthreads();
   }
   if (!p.mask_y) {
-    for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+    for_each_pair<Tile>(d, [&](int row, int column, int, float v0, float v1) {
       staged.write(row, column, {T::store(v0), T::store(v1)});
     });
     staged.store(p.dx, pixel_of, s.c, first_column);
@@ -84,27 +88,32 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) dgrad_kernel(const DgradP
   staged.load(p.mask_y, pixel_of, s.c, first_column);
   const auto* table = static_cast<const float*>(p.mask_coefficients);
   ColumnSums<Tile> sums(shared + Parts::Staged::kBytes), products(shared + Parts::Staged::kBytes + Parts::Sums::kBytes);
-  for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
-    const int channel = first_column + column;
-    if (row >= rows || channel >= s.c) {
-      v0 = v1 = 0;
-      return;
-    }
-    const auto y = staged.read(row, column);
-    float* v[2] = {&v0, &v1};
+  {
+    const ColumnVector<Tile> scale(table + kScale * s.c, s.c, first_column);
+    const ColumnVector<Tile> shift(table + kShift * s.c, s.c, first_column);
+    for_each_pair<Tile>(d, [&](int row, int column, int j, float& v0, float& v1) {
+      if (row >= rows || first_column + column >= s.c) {
+        v0 = v1 = 0;
+        return;
+      }
+      const auto y = staged.read(row, column);
+      float* v[2] = {&v0, &v1};
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float z = fmaf(table[kScale * s.c + channel + e], T::load(y[e]), table[kShift * s.c + channel + e]);
-      *v[e] = z <= T::kLargestZero ? 0.0f : T::load(T::store(*v[e]));  // sums are of what is stored
-    }
-  });
+      for (int e = 0; e < 2; ++e) {
+        const float z = fmaf(scale(j, e), T::load(y[e]), shift(j, e));
+        *v[e] = z <= T::kLargestZero ? 0.0f : T::load(T::store(*v[e]));  // sums are of what is stored
+      }
+    });
+  }
   sums.sum(d, [](int, int, float v, int, int) { return v; });
-  products.sum(d, [&](int row, int column, float v, int, int e) {
-    if (row >= rows || first_column + column >= s.c) return 0.0f;
-    const float y = T::load(staged.read(row, column - e)[e]);
-    return v * (y - table[kMean * s.c + first_column + column]);
-  });
-  for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+  {
+    const ColumnVector<Tile> mean(table + kMean * s.c, s.c, first_column);
+    products.sum(d, [&](int row, int column, float v, int j, int e) {
+      if (row >= rows || first_column + column >= s.c) return 0.0f;
+      return v * (T::load(staged.read(row, column - e)[e]) - mean(j, e));
+    });
+  }
+  for_each_pair<Tile>(d, [&](int row, int column, int, float v0, float v1) {
     staged.write(row, column, {T::store(v0), T::store(v1)});
   });
   auto* out = static_cast<float*>(p.sums) + row_tile * int64_t{2} * s.c + first_column;
@@ -127,8 +136,9 @@ cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
       const dim3 grid(static_cast<unsigned>(dgrad_tiles(s) * ceil_div(s.c, Tile::kN)));
       const auto launch = [&](auto prologue) {
         using Prologue = decltype(prologue);
+        using Parts = Dgrad<T, Tile, Prologue>;
         return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue>, p, grid, Tile::kBlockThreads,
-                                        Dgrad<T, Tile, Prologue>::shared_bytes(s), stream);
+                                        Parts::shared_bytes(s.k), Parts::shared_bytes(kMostChannels), stream);
       };
       return p.grad.y ? launch(BackwardAffine{}) : launch(Raw{});
     });

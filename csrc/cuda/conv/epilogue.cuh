@@ -78,6 +78,28 @@ class Staging {
   Value* values_;
 };
 
+// A vector of the output's channels in registers: the entries of the columns that a thread holds, read once for all its
+// rows. Zero beyond the channels.
+template <class Tile>
+class ColumnVector {
+ public:
+  __device__ ColumnVector(const float* source, int channels, int first) {
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentsN; ++j) {
+      const int channel = first + fragment_column<Tile>(j);
+      const bool exists = channel < channels;  // and then so does its neighbour
+#pragma unroll
+      for (int e = 0; e < 2; ++e) values_[j][e] = exists ? source[channel + e] : 0.0f;
+    }
+  }
+
+  // Of column e of the pair in the warp's j-th fragment.
+  __device__ float operator()(int j, int e) const { return values_[j][e]; }
+
+ private:
+  float values_[Tile::kFragmentsN][2];
+};
+
 // Per-column sums over the rows of a tile: first of a thread's own rows, then of its warp's, then of all warps'.
 template <class Tile>
 class ColumnSums {
@@ -93,7 +115,7 @@ class ColumnSums {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Tile::kWarpsM;
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
-      const int column = warp_column<Tile>() + j * 8 + lane % 4 * 2;
+      const int column = fragment_column<Tile>(j);
       float sum[2] = {};
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {

@@ -15,18 +15,16 @@
 namespace resnet_fused::cuda {
 namespace {
 
-constexpr int kStages = 4;
-
 template <class T, class Tile, class Prologue>
 struct Fprop {
-  using A = GatheredPixels<T, Tile, Prologue, kStages>;
-  using B = WeightRows<T, Tile, kStages>;
+  using A = GatheredPixels<T, Tile, Prologue>;
+  using B = WeightRows<T, Tile>;
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
   // The ring's memory serves the epilogue afterwards.
-  static constexpr int kRing = larger(kRingBytes<A, B, kStages>, Staged::kBytes + 2 * Sums::kBytes);
+  static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
 
-  static int shared_bytes(const ConvShape& s) { return kRing + ChannelTables::bytes(Prologue::kTables, s.c); }
+  static constexpr int shared_bytes(int channels) { return kRing + ChannelTables::bytes(Prologue::kTables, channels); }
 };
 
 // Count, mean and M2 of every column of the tile, from the values as they are stored.
@@ -37,12 +35,11 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
   const float inverse = 1.0f / static_cast<float>(rows);
   sums.sum(d, [&](int row, int, float v, int, int) { return row < rows ? v : 0.0f; });
   float mean[Tile::kFragmentsN][2];
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < Tile::kFragmentsN; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      mean[j][e] = sums.total(warp_column<Tile>() + j * 8 + lane % 4 * 2 + e) * inverse;
+      mean[j][e] = sums.total(fragment_column<Tile>(j) + e) * inverse;
     }
   }
   squares.sum(d, [&](int row, int, float v, int j, int e) {
@@ -58,10 +55,10 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
 }
 
 template <class T, class Tile, class Prologue, bool kInference>
-__global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kernel(const FpropParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Fprop<T, Tile, Prologue>;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
   ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.c);
   fill_tables<Prologue>(tables, p.coefficients, s.c, 0, s.c);
@@ -76,7 +73,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
                       fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
   typename Parts::B b(p.weight, s, first_column);
   Accumulators<Tile> d = {};
-  accumulate<T, Tile, kStages>(a, b, shared, a.iterations(), d);
+  accumulate<T, Tile>(a, b, shared, a.iterations(), d);
 
   const int64_t left = grid.pixels() - first_row;
   const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
@@ -84,32 +81,34 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) fprop_kernel(const FpropP
   typename Parts::Staged staged(shared);
   if constexpr (kInference) {
     if (p.shortcut) staged.load(p.shortcut, pixel_of, s.k, first_column);
-    const auto* scale = static_cast<const float*>(p.affine) + kScale * s.k;
-    const auto* shift = static_cast<const float*>(p.affine) + kShift * s.k;
-    for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
-      if (row >= rows || first_column + column >= s.k) return;
+    const auto* affine = static_cast<const float*>(p.affine);
+    const ColumnVector<Tile> scale(affine + kScale * s.k, s.k, first_column);
+    const ColumnVector<Tile> shift(affine + kShift * s.k, s.k, first_column);
+    for_each_pair<Tile>(d, [&](int row, int column, int j, float v0, float v1) {
       Vector<typename T::Value, 2> pair;
-      if (p.shortcut) pair = staged.read(row, column);
+      const bool joined = p.shortcut && row < rows && first_column + column < s.k;
+      if (joined) pair = staged.read(row, column);
       float v[2] = {v0, v1};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        v[e] = fmaf(v[e], scale[first_column + column + e], shift[first_column + column + e]);
-        if (p.shortcut) v[e] += T::load(pair[e]);
+        v[e] = fmaf(v[e], scale(j, e), shift(j, e));
+        if (joined) v[e] += T::load(pair[e]);
         pair[e] = T::store(p.relu && v[e] < 0.0f ? 0.0f : v[e]);
       }
       staged.write(row, column, pair);
     });
   } else {
-    const auto* bias = static_cast<const float*>(p.bias);
-    for_each_pair<Tile>(d, [&](int row, int column, float& v0, float& v1) {
-      Vector<typename T::Value, 2> pair;
-      float* v[2] = {&v0, &v1};
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (bias && first_column + column < s.k) *v[e] += bias[first_column + column + e];
-        pair[e] = T::store(*v[e]);
-        *v[e] = T::load(pair[e]);  // statistics are of what is stored, as eager's
-      }
+    if (p.bias) {
+      const ColumnVector<Tile> bias(static_cast<const float*>(p.bias), s.k, first_column);
+      for_each_pair<Tile>(d, [&](int, int, int j, float& v0, float& v1) {
+        v0 += bias(j, 0);
+        v1 += bias(j, 1);
+      });
+    }
+    for_each_pair<Tile>(d, [&](int row, int column, int, float& v0, float& v1) {
+      const Vector<typename T::Value, 2> pair = {T::store(v0), T::store(v1)};
+      v0 = T::load(pair[0]);  // statistics are of what is stored, as eager's
+      v1 = T::load(pair[1]);
       staged.write(row, column, pair);
     });
   }
@@ -133,8 +132,9 @@ cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
       const dim3 grid(static_cast<unsigned>(fprop_tiles(s) * ceil_div(s.k, Tile::kN)));
       const auto launch = [&](auto prologue, auto inference) {
         using Prologue = decltype(prologue);
-        return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid,
-                                        Tile::kBlockThreads, Fprop<T, Tile, Prologue>::shared_bytes(s), stream);
+        using Parts = Fprop<T, Tile, Prologue>;
+        return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid, Tile::kBlockThreads,
+                                        Parts::shared_bytes(s.c), Parts::shared_bytes(kMostChannels), stream);
       };
       if (p.affine) {
         return p.coefficients ? launch(AffineRelu{}, std::true_type{}) : launch(Raw{}, std::true_type{});

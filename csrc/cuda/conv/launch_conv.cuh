@@ -8,7 +8,7 @@
 #include "shapes.h"
 #include "tile.cuh"
 
-// A build for older cards too leaves the kernels' bodies empty there; launch_conv doesn't launch them.
+// A build for older cards too leaves the kernels' bodies empty there; prepare_conv refuses them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define RESNET_FUSED_TENSOR_CORES 1
 #else
@@ -42,17 +42,11 @@ cudaError_t dispatch_conv_dtype(DType dtype, Call call) {
   }
 }
 
+// `shared_bytes` of this launch, and the most that the kernel is ever launched with.
 template <class Params>
 cudaError_t launch_conv(void (*kernel)(const Params), const Params& p, dim3 grid, int threads, int shared_bytes,
-                        cudaStream_t stream) {
-  int device = 0, major = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess && major < 8) status = cudaErrorNoKernelImageForDevice;
-  // More than 48 KB have to be asked for.
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
+                        int most_shared_bytes, cudaStream_t stream) {
+  const cudaError_t status = prepare_conv(reinterpret_cast<const void*>(kernel), most_shared_bytes);
   if (status != cudaSuccess) return status;
   kernel<<<grid, threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();

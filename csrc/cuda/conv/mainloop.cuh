@@ -8,7 +8,7 @@
 
 namespace resnet_fused::cuda {
 
-template <class A, class B, int kStages>
+template <class A, class B>
 inline constexpr int kRingBytes = kStages * (A::kStageBytes + B::kStageBytes);
 
 // The tensor cores drop a float's low bits; rounding them is left to us.
@@ -21,43 +21,49 @@ __device__ void prepare(uint32_t (&fragment)[4]) {
 }
 
 // d += A * B over `iterations` stages of the reduction. `ring`: kRingBytes of shared memory, free again on return.
-template <class T, class Tile, int kStages, class A, class B>
+template <class T, class Tile, class A, class B>
 __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accumulators<Tile>& d) {
   constexpr int kStageBytes = A::kStageBytes + B::kStageBytes;
+  static_assert(A::kStageBytes % kTileAlignment == 0 && B::kStageBytes % kTileAlignment == 0);
   const auto stage_of = [&](int slot) { return ring + slot * kStageBytes; };
   const auto issue = [&](int iteration, int slot) {
     if (iteration < iterations) {
-      a.issue(stage_of(slot), slot);
-      b.issue(stage_of(slot) + A::kStageBytes, slot);
+      a.issue(stage_of(slot));
+      b.issue(stage_of(slot) + A::kStageBytes);
+    } else {
+      a.skip();
+      b.skip();
     }
     ptx::cp_async_commit();  // empty at the end: the number of groups under way stays the same
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) issue(s, s);
 
-  int slot = 0, free_slot = kStages - 1;
+  const int lane_a = A::Layout::lane_a(warp_row<Tile>()), lane_b = B::Layout::lane_b(warp_column<Tile>());
+  int slot = 0;
   for (int k = 0; k < iterations; ++k) {
     ptx::cp_async_wait<kStages - 2>();
     unsigned char* stage = stage_of(slot);
-    a.transform(stage, slot);
-    b.transform(stage + A::kStageBytes, slot);
+    a.transform(stage);
+    b.transform(stage + A::kStageBytes);
     // Everyone's copies and transforms have arrived, and everyone has read the stage before, which is filled next.
     __syncthreads();
-    issue(k + kStages - 1, free_slot);
+    issue(k + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
 
-    const uint32_t tile_a = ptx::shared_address(stage), tile_b = tile_a + A::kStageBytes;
+    const uint32_t at_a = ptx::shared_address(stage) + lane_a;
+    const uint32_t at_b = ptx::shared_address(stage) + A::kStageBytes + lane_b;
 #pragma unroll
     for (int step = 0; step < kStageSteps; ++step) {
       uint32_t fragments_a[Tile::kFragmentsM][4];
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
-        A::Layout::fragment_a(fragments_a[i], tile_a, warp_row<Tile>() + i * 16, step);
+        A::Layout::fragment_a(fragments_a[i], at_a, i * 16, step);
         prepare<T>(fragments_a[i]);
       }
 #pragma unroll
       for (int j = 0; j < Tile::kFragmentsN; j += 2) {
         uint32_t fragments_b[4];
-        B::Layout::fragment_b(fragments_b, tile_b, warp_column<Tile>() + j * 8, step);
+        B::Layout::fragment_b(fragments_b, at_b, j * 8, step);
         prepare<T>(fragments_b);
 #pragma unroll
         for (int i = 0; i < Tile::kFragmentsM; ++i) {
@@ -67,7 +73,6 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
       }
     }
     slot = slot + 1 == kStages ? 0 : slot + 1;
-    free_slot = free_slot + 1 == kStages ? 0 : free_slot + 1;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

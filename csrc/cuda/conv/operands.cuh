@@ -106,20 +106,22 @@ __device__ void fill_tables(ChannelTables& tables, const void* coefficients, int
 // ---- chunks of one thread --------------------------------------------------------------------------------------
 
 // How the chunks of a tile are dealt to kThreads threads: a thread keeps its column of chunks and takes every
-// kRowStep-th row.
+// kRowStep-th row, which is swizzled as the first.
 template <class Layout, int kThreads>
 struct Deal {
   static constexpr int kRowStep = kThreads / Layout::kRowChunks;
   static constexpr int kChunks = Layout::kRows / kRowStep;
+  static constexpr int kStepBytes = kRowStep * Layout::kRowBytes;  // from a chunk to the next
   static_assert(kThreads % Layout::kRowChunks == 0 && Layout::kRows % kRowStep == 0);
+  static_assert(kRowStep % Layout::kPeriod == 0);
 
   static __device__ int column() { return threadIdx.x % Layout::kRowChunks; }
   static __device__ int row(int i) { return threadIdx.x / Layout::kRowChunks + i * kRowStep; }
-  static __device__ int offset(int i) { return Layout::offset(row(i), column()); }
+  static __device__ int first_offset() { return Layout::offset(row(0), column()); }
 };
 
 // Issues an operand's chunks, remembers which are not padding, and applies the prologue to those.
-template <class T, class Layout, class Prologue, int kThreads, int kStages>
+template <class T, class Layout, class Prologue, int kThreads>
 class Copier {
  public:
   using Dealt = Deal<Layout, kThreads>;
@@ -129,37 +131,39 @@ class Copier {
   __device__ Copier(const void* first, const void* second, const ChannelTables& tables)
       : first_(static_cast<const typename T::Value*>(first)),
         second_(static_cast<const typename T::Value*>(second)),
-        tables_(tables) {}
+        tables_(tables),
+        offset_(Dealt::first_offset()) {}
 
-  // Chunk i of stage `slot` from element `offset` of the tensor, or zeros.
-  __device__ void copy(unsigned char* stage, int slot, int i, int64_t offset, bool valid) {
-    const uint32_t to = ptx::shared_address(stage + Dealt::offset(i));
-    ptx::cp_async_16(to, valid ? first_ + offset : first_, valid);
-    if constexpr (Prologue::kSources == 2) {
-      ptx::cp_async_16(to + Layout::kBytes, valid ? second_ + offset : second_, valid);
-    }
+  // Stages are issued, or skipped, and transformed in turn, a transformed one kStages - 2 behind the one issued last.
+  __device__ void next() { valid_ >>= Dealt::kChunks; }
+
+  // Chunk i of the stage from element `offset` of the tensor, or zeros.
+  __device__ void copy(unsigned char* stage, int i, int64_t offset, bool valid) {
+    const uint32_t to = ptx::shared_address(stage) + offset_ + i * Dealt::kStepBytes;
+    ptx::cp_async_16(to, first_ + offset, valid);
+    if constexpr (Prologue::kSources == 2) ptx::cp_async_16(to + Layout::kBytes, second_ + offset, valid);
     if constexpr (Prologue::kTables > 0) {
-      const uint32_t bit = 1u << (slot * Dealt::kChunks + i);
-      valid_ = valid ? valid_ | bit : valid_ & ~bit;
+      if (valid) valid_ |= 1u << ((kStages - 1) * Dealt::kChunks + i);
     }
   }
 
   // `channel`: of this thread's column of chunks in this stage, as the tables count.
-  __device__ void transform(unsigned char* stage, int slot, int channel) const {
+  __device__ void transform(unsigned char* stage, int channel) const {
     if constexpr (Prologue::kTables > 0) {
-      const uint32_t valid = valid_ >> (slot * Dealt::kChunks) & ((1u << Dealt::kChunks) - 1);
+      const uint32_t valid = valid_ >> Dealt::kChunks & ((1u << Dealt::kChunks) - 1);
       if (valid == 0) return;  // among others where the channel doesn't exist
       using Chunk = Vector<typename T::Value, kChunkValues<T>>;
+      unsigned char* first = stage + offset_;
       float coefficients[Prologue::kTables][kChunkValues<T>];
 #pragma unroll
       for (int t = 0; t < Prologue::kTables; ++t) tables_.read(t, channel, coefficients[t]);
 #pragma unroll
       for (int i = 0; i < Dealt::kChunks; ++i) {
         if (valid >> i & 1) {
-          auto* chunk = reinterpret_cast<Chunk*>(stage + Dealt::offset(i));
+          auto* chunk = reinterpret_cast<Chunk*>(first + i * Dealt::kStepBytes);
           Chunk v = *chunk, other = v;
           if constexpr (Prologue::kSources == 2) {
-            other = *reinterpret_cast<const Chunk*>(stage + Layout::kBytes + Dealt::offset(i));
+            other = *reinterpret_cast<const Chunk*>(first + Layout::kBytes + i * Dealt::kStepBytes);
           }
           Prologue::template apply<T>(v, other, coefficients);
           *chunk = v;
@@ -172,7 +176,8 @@ class Copier {
   const typename T::Value* first_;
   const typename T::Value* second_;
   ChannelTables tables_;
-  uint32_t valid_ = 0;
+  int offset_;  // bytes into a stage, of the first chunk
+  uint32_t valid_ = 0;  // a bit per chunk and stage, the stage issued last uppermost
 };
 
 // ---- the reduction over taps and channels: fprop and dgrad -----------------------------------------------------
@@ -200,11 +205,11 @@ struct PixelGrid {
 };
 
 // A: rows are output pixels, gathered from an NHWC tensor, tap by tap.
-template <class T, class Tile, class Prologue, int kStages>
+template <class T, class Tile, class Prologue>
 class GatheredPixels {
  public:
   using Layout = KMajorTile<T, Tile::kM>;
-  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
+  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ GatheredPixels(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
@@ -226,167 +231,222 @@ class GatheredPixels {
 
   __device__ int iterations() const { return walk_.iterations(); }
 
-  __device__ void issue(unsigned char* stage, int slot) {
+  __device__ void issue(unsigned char* stage) {
+    copies_.next();
+    if (walk_.channel_tile == 0) enter_tap();
     const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-      const int64_t pixel = image_[i] + int64_t{h} * gw_.size + w;
-      copies_.copy(stage, slot, i, pixel * channels_ + channel, inside && channel < channels_);
+      copies_.copy(stage, i, int64_t{pixel_[i]} * channels_ + channel, pixel_[i] >= 0 && channel < channels_);
     }
     walk_.advance();
   }
 
-  __device__ void transform(unsigned char* stage, int slot) {
-    copies_.transform(stage, slot, transformed_ * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>);
+  __device__ void skip() { copies_.next(); }
+
+  __device__ void transform(unsigned char* stage) {
+    copies_.transform(stage, transformed_ * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>);
     if (++transformed_ == walk_.channel_tiles) transformed_ = 0;
   }
 
  private:
   static constexpr int kChunks = Copies::Dealt::kChunks;
+
+  // Where the tap reads, once for all its stages.
+  __device__ void enter_tap() {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
+      pixel_[i] = inside ? image_[i] + h * gw_.size + w : -1;
+    }
+  }
+
   Copies copies_;
   Gather gh_, gw_;
   int channels_;
   TapWalk walk_;
   int transformed_ = 0;  // channel tile
   int image_[kChunks], h_[kChunks], w_[kChunks];
+  int pixel_[kChunks];  // at this tap; -1: padding
 };
 
-// B of fprop: rows are output channels, the reduction runs along KRSC's memory.
-template <class T, class Tile, int kStages>
+// B of fprop: rows are output channels, the reduction runs along KRSC's memory. Weights have fewer than 2^31 elements.
+template <class T, class Tile>
 class WeightRows {
  public:
   using Layout = KMajorTile<T, Tile::kN>;
-  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
+  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
-  __device__ WeightRows(const void* weight, const ConvShape& shape, int first_column)
-      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), first_(first_column) {
-    walk_ = {shape.r, shape.s, (shape.c + kTileK<T> - 1) / kTileK<T>};
+  __device__ WeightRows(const void* weight, const ConvShape& s, int first_column)
+      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), channels_(s.c) {
+    walk_ = {s.r, s.s, (s.c + kTileK<T> - 1) / kTileK<T>};
+    const int row = first_column + Copies::Dealt::row(0), elements = s.r * s.s * s.c;
+    tap_ = row * elements;
+    step_ = Copies::Dealt::kRowStep * elements;
+    rows_left_ = s.k - row;
   }
 
-  __device__ void issue(unsigned char* stage, int slot) {
+  __device__ void issue(unsigned char* stage) {
+    copies_.next();
     const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
-      const int k = first_ + Copies::Dealt::row(i);
-      const int64_t tap = (int64_t{k} * shape_.r + walk_.h) * shape_.s + walk_.w;
-      copies_.copy(stage, slot, i, tap * shape_.c + channel, k < shape_.k && channel < shape_.c);
+      const bool valid = i * Copies::Dealt::kRowStep < rows_left_ && channel < channels_;
+      copies_.copy(stage, i, tap_ + channel + i * step_, valid);
     }
     walk_.advance();
+    if (walk_.channel_tile == 0) tap_ += channels_;
   }
-  __device__ void transform(unsigned char*, int) {}
+  __device__ void transform(unsigned char*) {}
+  __device__ void skip() {}
 
  private:
   Copies copies_;
-  ConvShape shape_;
-  int first_;
   TapWalk walk_;
+  int channels_, rows_left_;
+  int tap_, step_;  // elements: to the tap of this thread's first row, and from a row of its to the next
 };
 
 // B of dgrad: the reduction runs over output channels, columns are input channels.
-template <class T, class Tile, int kStages>
+template <class T, class Tile>
 class WeightColumns {
  public:
   using Layout = MnMajorTile<T, Tile::kN>;
-  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads, kStages>;
+  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
-  __device__ WeightColumns(const void* weight, const ConvShape& shape, const Gather& gh, const Gather& gw,
+  __device__ WeightColumns(const void* weight, const ConvShape& s, const Gather& gh, const Gather& gw,
                            int first_column)
-      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), shape_(shape), gh_(gh), gw_(gw) {
-    walk_ = {gh.taps, gw.taps, (shape.k + kTileK<T> - 1) / kTileK<T>};
+      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), gh_(gh), gw_(gw), width_(s.s), channels_(s.c), k_(s.k) {
+    walk_ = {gh.taps, gw.taps, (s.k + kTileK<T> - 1) / kTileK<T>};
     channel_ = first_column + Copies::Dealt::column() * kChunkValues<T>;
+    elements_ = s.r * s.s * s.c;
   }
 
-  __device__ void issue(unsigned char* stage, int slot) {
-    const int r = gh_.first + walk_.h * gh_.every, s = gw_.first + walk_.w * gw_.every;
+  __device__ void issue(unsigned char* stage) {
+    copies_.next();
+    const int tap = (gh_.first + walk_.h * gh_.every) * width_ + gw_.first + walk_.w * gw_.every;
+    const int k = walk_.channel_tile * kTileK<T> + Copies::Dealt::row(0);
+    const int offset = k * elements_ + tap * channels_ + channel_;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
-      const int k = walk_.channel_tile * kTileK<T> + Copies::Dealt::row(i);
-      const int64_t tap = (int64_t{k} * shape_.r + r) * shape_.s + s;
-      copies_.copy(stage, slot, i, tap * shape_.c + channel_, k < shape_.k && channel_ < shape_.c);
+      const bool valid = k + i * Copies::Dealt::kRowStep < k_ && channel_ < channels_;
+      copies_.copy(stage, i, offset + i * Copies::Dealt::kRowStep * elements_, valid);
     }
     walk_.advance();
   }
-  __device__ void transform(unsigned char*, int) {}
+  __device__ void transform(unsigned char*) {}
+  __device__ void skip() {}
 
  private:
   Copies copies_;
-  ConvShape shape_;
   Gather gh_, gw_;
   TapWalk walk_;
-  int channel_;
+  int width_, channels_, k_, channel_;
+  int elements_;  // of one output channel
 };
 
 // ---- the reduction over pixels: wgrad --------------------------------------------------------------------------
 
-// Columns are channels of an NHWC tensor, the reduction runs over output pixels [begin, end), which read it at one
-// tap. Serves both operands: dy's tap is the pixel itself. The tables hold the block's own channels.
-template <class T, class Tile, int kExtent, class Prologue, int kStages>
-class PixelColumns {
+// The output pixels themselves, [begin, end): where dy lies. `Dealt` says which of a stage's rows are this thread's.
+template <class T, class Dealt>
+class OwnPixels {
  public:
-  using Layout = MnMajorTile<T, kExtent>;
-  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads, kStages>;
-  static constexpr int kStageBytes = Copies::kStageBytes;
+  __device__ OwnPixels(int begin, int end) : pixel_(begin + Dealt::row(0)), end_(end) {}
 
-  // Gathers whose `add` is the tap's offset.
-  __device__ PixelColumns(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
-                          const Gather& gw, int channels, const PixelGrid& grid, int64_t begin, int64_t end,
-                          int first_channel)
-      : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels), grid_(grid), end_(end) {
-    channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
+  // Which pixel the thread's i-th row of this stage is; -1: padding.
+  __device__ int operator[](int i) const {
+    const int pixel = pixel_ + i * Dealt::kRowStep;
+    return pixel < end_ ? pixel : -1;
+  }
+  __device__ void advance() { pixel_ += kTileK<T>; }
+
+ private:
+  int pixel_, end_;
+};
+
+// The pixels that one tap reads for the output pixels [begin, end): where x lies. The gathers' `add` is the tap's.
+template <class T, class Dealt>
+class TapPixels {
+ public:
+  __device__ TapPixels(const Gather& gh, const Gather& gw, const PixelGrid& grid, int begin, int end)
+      : gh_(gh), gw_(gw), grid_(grid), left_(end - begin - Dealt::row(0)) {
     step_w_ = kTileK<T> % grid.width;
     step_h_ = kTileK<T> / grid.width % grid.height;
     step_n_ = kTileK<T> / grid.width / grid.height;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      pixel_[i] = begin + Copies::Dealt::row(i);
-      const int pixel = static_cast<int>(pixel_[i]);
+    for (int i = 0; i < Dealt::kChunks; ++i) {
+      const int pixel = begin + Dealt::row(i);
       v_[i] = pixel % grid.width;
       u_[i] = pixel / grid.width % grid.height;
       n_[i] = pixel / grid.width / grid.height;
     }
   }
 
-  __device__ void issue(unsigned char* stage, int slot) {
+  __device__ int operator[](int i) const {
+    const int h = u_[i] * gh_.multiply + gh_.add, w = v_[i] * gw_.multiply + gw_.add;
+    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
+                        static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
+    return inside && i * Dealt::kRowStep < left_ ? (n_[i] * gh_.size + h) * gw_.size + w : -1;
+  }
+  __device__ void advance() {
+    left_ -= kTileK<T>;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int h = u_[i] * gh_.multiply + gh_.add, w = v_[i] * gw_.multiply + gw_.add;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-      const int64_t pixel = (int64_t{n_[i]} * gh_.size + h) * gw_.size + w;
-      copies_.copy(stage, slot, i, pixel * channels_ + channel_,
-                   inside && pixel_[i] < end_ && channel_ < channels_);
-      advance(i);
+    for (int i = 0; i < Dealt::kChunks; ++i) {
+      v_[i] += step_w_;
+      u_[i] += step_h_;
+      n_[i] += step_n_;
+      if (v_[i] >= grid_.width) v_[i] -= grid_.width, ++u_[i];
+      if (u_[i] >= grid_.height) u_[i] -= grid_.height, ++n_[i];
     }
   }
 
-  __device__ void transform(unsigned char* stage, int slot) {
-    copies_.transform(stage, slot, Copies::Dealt::column() * kChunkValues<T>);
+ private:
+  Gather gh_, gw_;
+  PixelGrid grid_;
+  int left_;  // from the thread's first row to the end
+  int step_n_, step_h_, step_w_;
+  int n_[Dealt::kChunks], u_[Dealt::kChunks], v_[Dealt::kChunks];
+};
+
+// Columns are channels of an NHWC tensor, the reduction runs over its Pixels. The tables hold the block's own channels.
+template <class T, class Tile, int kExtent, class Prologue, template <class, class> class PixelsOf>
+class PixelColumns {
+ public:
+  using Layout = MnMajorTile<T, kExtent>;
+  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads>;
+  using Pixels = PixelsOf<T, typename Copies::Dealt>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+
+  __device__ PixelColumns(const void* tensor, const void* second, const ChannelTables& tables, const Pixels& pixels,
+                          int channels, int first_channel)
+      : copies_(tensor, second, tables), pixels_(pixels), channels_(channels) {
+    channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
+  }
+
+  __device__ void issue(unsigned char* stage) {
+    copies_.next();
+#pragma unroll
+    for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
+      const int pixel = pixels_[i];
+      copies_.copy(stage, i, int64_t{pixel} * channels_ + channel_, pixel >= 0 && channel_ < channels_);
+    }
+    pixels_.advance();
+  }
+
+  __device__ void skip() { copies_.next(); }
+
+  __device__ void transform(unsigned char* stage) {
+    copies_.transform(stage, Copies::Dealt::column() * kChunkValues<T>);
   }
 
  private:
-  static constexpr int kChunks = Copies::Dealt::kChunks;
-
-  __device__ void advance(int i) {
-    pixel_[i] += kTileK<T>;
-    v_[i] += step_w_;
-    u_[i] += step_h_;
-    n_[i] += step_n_;
-    if (v_[i] >= grid_.width) v_[i] -= grid_.width, ++u_[i];
-    if (u_[i] >= grid_.height) u_[i] -= grid_.height, ++n_[i];
-  }
-
   Copies copies_;
-  Gather gh_, gw_;
+  Pixels pixels_;
   int channels_, channel_;
-  PixelGrid grid_;
-  int64_t end_, pixel_[kChunks];
-  int step_n_, step_h_, step_w_;
-  int n_[kChunks], u_[kChunks], v_[kChunks];
 };
 
 }  // namespace resnet_fused::cuda

@@ -81,19 +81,29 @@ struct SubProblem {
   int64_t first_row;
 };
 
+// The sub-problems take turns, since they read the same of dy; where one has more tiles than another they follow last.
 constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int rows) {
-  for (int h = 0; h < s.stride_h; ++h) {
-    for (int w = 0; w < s.stride_w; ++w) {
-      const int64_t tiles = ceil_div(dgrad_pixels(s, h, w), rows);
-      if (tile < tiles) return {h, w, tile * rows};
-      tile -= tiles;
-    }
+  const int parts = s.stride_h * s.stride_w;
+  const auto tiles_of = [&](int part) {
+    return ceil_div(dgrad_pixels(s, part / s.stride_w, part % s.stride_w), rows);
+  };
+  // Of even parity are the most pixels, of odd parity the fewest.
+  const int64_t together = tiles_of(parts - 1);
+  const auto at = [&](int part, int64_t index) {
+    return SubProblem{part / s.stride_w, part % s.stride_w, index * rows};
+  };
+  if (tile < together * parts) return at(static_cast<int>(tile % parts), tile / parts);
+  tile -= together * parts;
+  for (int part = 0; part < parts; ++part) {
+    const int64_t more = tiles_of(part) - together;
+    if (tile < more) return at(part, together + tile);
+    tile -= more;
   }
   return {0, 0, 0};  // not reached by tiles below dgrad_tiles
 }
 
 // wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split so that the blocks
-// fill a card, each split at least kSplitPixels long.
+// fill a card, each split at least kSplitPixels long. Of the smaller tiles' blocks, of half the warps, it takes more.
 constexpr TileShape wgrad_tile(const ConvShape& s) {
   return s.k > 64 && s.c > 64 ? TileShape::k128x128 : s.k > 64 ? TileShape::k128x64 : TileShape::k64x64;
 }
@@ -103,9 +113,10 @@ constexpr int64_t wgrad_column_tiles(const ConvShape& s) {
 }
 
 constexpr int64_t wgrad_splits(const ConvShape& s) {
-  constexpr int64_t kBlocks = 256, kSplitPixels = 512, kMost = 64;
+  constexpr int64_t kSplitPixels = 512, kMost = 256;
+  const int64_t enough = wgrad_tile(s) == TileShape::k128x128 ? 256 : 512;
   const int64_t blocks = ceil_div(s.k, tile_rows(wgrad_tile(s))) * wgrad_column_tiles(s);
-  const int64_t wanted = ceil_div(kBlocks, blocks), useful = ceil_div(output_pixels(s), kSplitPixels);
+  const int64_t wanted = ceil_div(enough, blocks), useful = ceil_div(output_pixels(s), kSplitPixels);
   const int64_t splits = wanted < useful ? wanted : useful;
   return splits < 1 ? 1 : splits > kMost ? kMost : splits;
 }

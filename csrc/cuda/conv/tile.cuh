@@ -18,46 +18,64 @@ inline constexpr int kChunkValues = kChunkBytes / static_cast<int>(sizeof(typena
 
 // The reduction's depth per stage is four chunks: two steps of an mma, whose depth is two chunks for every type.
 inline constexpr int kStageChunks = 4, kStageSteps = 2;
+// Stages in the ring: two are under way while one is multiplied, and of 16-bit types two blocks fit into the 100 KB of
+// the smaller cards.
+inline constexpr int kStages = 3;
 template <class T>
 inline constexpr int kTileK = kStageChunks * kChunkValues<T>;
+
+// Fragments are addressed in two parts: where a lane reads the warp's first one (lane_a, lane_b: bytes into the tile,
+// the same in all stages), and constants from there on, which end up in instructions. Both parts of a swizzled chunk's
+// number are XORed, so tiles begin at whole rows: at multiples of kTileAlignment.
+inline constexpr int kTileAlignment = 512;
 
 // kExtent rows of kTileK values: the reduction runs along memory. A row is half of the 128 bytes of all banks.
 template <class T, int kExtent>
 struct KMajorTile {
   static constexpr int kRows = kExtent, kRowChunks = kStageChunks;
-  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static constexpr int kPeriod = 8;  // rows after which the swizzle repeats
+  static constexpr int kRowBytes = kRowChunks * kChunkBytes, kBytes = kRows * kRowBytes;
 
   static __device__ int offset(int row, int chunk) {
-    return (row * kRowChunks + (chunk ^ ((row >> 1) & 3))) * kChunkBytes;
+    return row * kRowBytes + (chunk ^ ((row >> 1) & 3)) * kChunkBytes;
   }
-  // The fragment of a row-major A at row m: 16 rows, one step.
-  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
+  static __device__ int lane_a(int row) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<false>(r, tile + offset(m + lane % 16, 2 * step + lane / 16));
+    return offset(lane % 16, lane / 16) + row * kRowBytes;
   }
-  // Two fragments of a column-major B, at columns n and n + 8: r[0], r[1] and r[2], r[3].
-  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
+  static __device__ int lane_b(int column) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<false>(r, tile + offset(n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+    return offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) + column * kRowBytes;
   }
+  // The fragment of a row-major A, m rows on: 16 rows, one step. `at`: the tile's address and lane_a.
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t at, int m, int step) {
+    ptx::ldmatrix_x4<false>(r, (at ^ (2 * step * kChunkBytes)) + m * kRowBytes);
+  }
+  // Two fragments of a column-major B, n and n + 8 columns on: r[0], r[1] and r[2], r[3].
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t at, int n, int step) { fragment_a(r, at, n, step); }
 };
 
 // kTileK rows of kExtent 16-bit values: the reduction runs across memory, and fragments are transposed on the way.
 template <class T, int kExtent>
 struct MnMajorTile {
   static constexpr int kRows = kTileK<T>, kRowChunks = kExtent / kChunkValues<T>;
-  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static constexpr int kPeriod = 8;
+  static constexpr int kRowBytes = kRowChunks * kChunkBytes, kBytes = kRows * kRowBytes;
   static_assert(kRowChunks % 8 == 0, "the swizzle is for rows of whole 128 bytes");
 
-  static __device__ int offset(int row, int chunk) { return (row * kRowChunks + (chunk ^ (row & 7))) * kChunkBytes; }
-  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
+  static __device__ int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * kChunkBytes; }
+  static __device__ int lane_a(int row) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<true>(r, tile + offset(16 * step + lane % 8 + lane / 16 * 8, m / 8 + lane / 8 % 2));
+    return offset(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
   }
-  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
+  static __device__ int lane_b(int column) {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4<true>(r, tile + offset(16 * step + lane % 16, n / 8 + lane / 16));
+    return offset(lane % 16, column / 8 + lane / 16);
   }
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t at, int m, int step) {
+    ptx::ldmatrix_x4<true>(r, (at ^ (m / 8 * kChunkBytes)) + 16 * step * kRowBytes);
+  }
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t at, int n, int step) { fragment_a(r, at, n, step); }
 };
 
 // The same of 32-bit values, which ldmatrix does not transpose: a lane reads its own. Four rows of eight values, what
@@ -65,25 +83,30 @@ struct MnMajorTile {
 template <int kExtent>
 struct MnMajorTile<Float32, kExtent> {
   static constexpr int kRows = kTileK<Float32>, kRowChunks = kExtent / kChunkValues<Float32>;
-  static constexpr int kBytes = kRows * kRowChunks * kChunkBytes;
+  static constexpr int kPeriod = 4;
+  static constexpr int kRowBytes = kRowChunks * kChunkBytes, kBytes = kRows * kRowBytes;
   static_assert(kRowChunks % 8 == 0, "the swizzle is for rows of whole 128 bytes");
 
   static __device__ int offset(int row, int chunk) {
-    return (row * kRowChunks + (chunk ^ ((row & 3) << 1))) * kChunkBytes;
+    return row * kRowBytes + (chunk ^ ((row & 3) << 1)) * kChunkBytes;
   }
-  // The value at (row, column) for a lane's column % 8 = lane / 4 and row % 4 = lane % 4.
-  static __device__ uint32_t value(uint32_t tile, int row, int column) {
+  // A lane's value lies in row lane % 4 and column lane / 4.
+  static __device__ int lane_a(int row) {
     const int lane = threadIdx.x % 32;
-    const int r = row + lane % 4, c = column + lane / 4;
-    return ptx::load_shared_32(tile + offset(r, c / 4) + c % 4 * 4);
+    return offset(lane % 4, row / 4 + lane / 16) + lane / 4 % 4 * 4;
   }
-  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t tile, int m, int step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = value(tile, 8 * step + i / 2 * 4, m + i % 2 * 8);
+  static __device__ int lane_b(int column) { return lane_a(column); }
+  // The value k rows of the reduction and m columns on, multiples of 4 and 8.
+  static __device__ uint32_t value(uint32_t at, int k, int m) {
+    return ptx::load_shared_32((at ^ (m / 4 * kChunkBytes)) + k * kRowBytes);
   }
-  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t tile, int n, int step) {
+  static __device__ void fragment_a(uint32_t (&r)[4], uint32_t at, int m, int step) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = value(tile, 8 * step + i % 2 * 4, n + i / 2 * 8);
+    for (int i = 0; i < 4; ++i) r[i] = value(at, 8 * step + i / 2 * 4, m + i % 2 * 8);
+  }
+  static __device__ void fragment_b(uint32_t (&r)[4], uint32_t at, int n, int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = value(at, 8 * step + i % 2 * 4, n + i / 2 * 8);
   }
 };
 
@@ -94,8 +117,10 @@ struct BlockTile {
   static constexpr int kWarpsM = kRowsOfWarps, kWarpsN = kColumnsOfWarps;
   static constexpr int kBlockThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
+  static constexpr int kBlocks = 512 / kBlockThreads;  // per multiprocessor, so that one multiplies while another waits
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  // Powers of two: a warp's first chunk and the constants from there on have no bits in common.
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && (kWarpM & (kWarpM - 1)) == 0 && (kWarpN & (kWarpN - 1)) == 0);
 };
 
 // d[i][j] is the m16n8 accumulator of fragment row i and column j of the warp: element e lies in row
@@ -112,7 +137,13 @@ __device__ int warp_column() {
   return threadIdx.x / 32 / Tile::kWarpsM * Tile::kWarpN;
 }
 
-// body(row, column, v0, v1): the two neighbouring columns that a thread holds at a time.
+// The first of the two columns that a thread holds of the warp's j-th fragment.
+template <class Tile>
+__device__ int fragment_column(int j) {
+  return warp_column<Tile>() + j * 8 + threadIdx.x % 4 * 2;
+}
+
+// body(row, column, j, v0, v1): the two neighbouring columns that a thread holds at a time, of the warp's fragment j.
 template <class Tile, class Body>
 __device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
   const int lane = threadIdx.x % 32;
@@ -122,7 +153,7 @@ __device__ void for_each_pair(Accumulators<Tile>& d, Body body) {
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        body(warp_row<Tile>() + i * 16 + lane / 4 + e * 8, warp_column<Tile>() + j * 8 + lane % 4 * 2, d[i][j][2 * e],
+        body(warp_row<Tile>() + i * 16 + lane / 4 + e * 8, fragment_column<Tile>(j), j, d[i][j][2 * e],
              d[i][j][2 * e + 1]);
       }
     }

@@ -13,23 +13,21 @@
 namespace resnet_fused::cuda {
 namespace {
 
-constexpr int kStages = 3;
-
 template <class T, class Tile, class PrologueA, class PrologueB>
 struct Wgrad {
-  using A = PixelColumns<T, Tile, Tile::kM, PrologueA, kStages>;
-  using B = PixelColumns<T, Tile, Tile::kN, PrologueB, kStages>;
-  static constexpr int kRing = kRingBytes<A, B, kStages>;
+  using A = PixelColumns<T, Tile, Tile::kM, PrologueA, OwnPixels>;
+  using B = PixelColumns<T, Tile, Tile::kN, PrologueB, TapPixels>;
+  static constexpr int kRing = kRingBytes<A, B>;
   static constexpr int kSharedBytes = kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) +
                                       ChannelTables::bytes(PrologueB::kTables, Tile::kN);
 };
 
 // Grid: rows of tiles, columns of tiles, splits.
 template <class T, class Tile, class PrologueA, class PrologueB>
-__global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) wgrad_kernel(const WgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
   auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
   const int channel_tiles = (s.c + Tile::kN - 1) / Tile::kN;
@@ -44,23 +42,22 @@ __global__ void __launch_bounds__(Tile::kBlockThreads) wgrad_kernel(const WgradP
   const PixelGrid grid{s.n, s.p, s.q};
   // Splits are cut at whole stages.
   const int64_t stages = (grid.pixels() + kTileK<T> - 1) / kTileK<T>;
-  const int64_t begin = stages * blockIdx.z / gridDim.z * kTileK<T>;
   const int64_t stop = stages * (blockIdx.z + 1) / gridDim.z * kTileK<T>;
-  const int64_t end = stop < grid.pixels() ? stop : grid.pixels();
+  const auto begin = static_cast<int>(stages * blockIdx.z / gridDim.z * kTileK<T>);
+  const auto end = static_cast<int>(stop < grid.pixels() ? stop : grid.pixels());
 
-  const Gather own_h{1, 0, 0, s.p, 0, 1, 1}, own_w{1, 0, 0, s.q, 0, 1, 1};
   Gather gh = fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r);
   Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
   gh.add += tap / s.s * gh.step;
   gw.add += tap % s.s * gw.step;
-  typename Parts::A a(p.grad.g, p.grad.y, tables_a, own_h, own_w, s.k, grid, begin, end, first_row);
-  typename Parts::B b(p.x, nullptr, tables_b, gh, gw, s.c, grid, begin, end, first_column);
+  typename Parts::A a(p.grad.g, p.grad.y, tables_a, {begin, end}, s.k, first_row);
+  typename Parts::B b(p.x, nullptr, tables_b, {gh, gw, grid, begin, end}, s.c, first_column);
   Accumulators<Tile> d = {};
-  accumulate<T, Tile, kStages>(a, b, shared, static_cast<int>((end - begin + kTileK<T> - 1) / kTileK<T>), d);
+  accumulate<T, Tile>(a, b, shared, (end - begin + kTileK<T> - 1) / kTileK<T>, d);
 
   auto* out = wgrad_is_direct(s, p.dw_dtype) ? static_cast<float*>(p.dw)
                                              : p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
-  for_each_pair<Tile>(d, [&](int row, int column, float v0, float v1) {
+  for_each_pair<Tile>(d, [&](int row, int column, int, float v0, float v1) {
     const int k = first_row + row, c = first_column + column;
     if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {v0, v1});
   });
@@ -73,6 +70,7 @@ __global__ void __launch_bounds__(kThreads) add_splits(const float* __restrict__
                                                       typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
   for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < vectors; v += int64_t{gridDim.x} * kThreads) {
     auto sum = load_vector<4>(workspace + 4 * v);
+#pragma unroll 8
     for (int split = 1; split < splits; ++split) {
       const auto part = load_vector<4>(workspace + 4 * (split * vectors + v));
 #pragma unroll
@@ -111,8 +109,9 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
       const auto launch = [&](auto a, auto b) {
         using PrologueA = decltype(a);
         using PrologueB = decltype(b);
+        using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
         return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
-                                        Wgrad<T, Tile, PrologueA, PrologueB>::kSharedBytes, stream);
+                                        Parts::kSharedBytes, Parts::kSharedBytes, stream);
       };
       if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
       return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});

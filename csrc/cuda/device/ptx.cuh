@@ -29,9 +29,9 @@ __device__ inline void store_global_64(void* global, uint2 value) {
 }
 
 // Data movement: cp.async. 16 bytes to shared memory, past the registers; zeros where `valid` is false, and then
-// `source` is not read.
+// `source` is not read and may lie anywhere. The second cache is asked for 128 bytes: neighbours follow.
 __device__ inline void cp_async_16(uint32_t shared, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
 

@@ -59,12 +59,12 @@ struct Moments {
 
   // The union's (Chan, Golub & LeVeque 1979).
   __device__ void merge(const Moments& other) {
-    if (other.count == Acc(0)) return;
+    const bool empty = other.count == Acc(0);  // chosen at the end: a branch would keep loads from overlapping
     const Acc sum = count + other.count;
-    const Acc weight = other.count / sum;
+    const Acc weight = other.count / (empty ? Acc(1) : sum);
     const Acc delta = other.mean - mean;
-    mean = fma(delta, weight, mean);
-    m2 += fma(delta * weight, delta * count, other.m2);
+    mean = empty ? mean : fma(delta, weight, mean);
+    m2 = empty ? m2 : m2 + fma(delta * weight, delta * count, other.m2);
     count = sum;
   }
 
