@@ -17,6 +17,8 @@ export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
 
+# Versions differ in how they format.
+CLANG_FORMAT := 23.1.5
 TORCH := torch>=2.11,<2.16
 # scikit-learn ships the photographs and digits that examples and benchmarks run on.
 PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pybind11 matplotlib scikit-learn
@@ -113,12 +115,11 @@ counted-cost: $(BUILT)  ## count what the CUDA kernels move and multiply, on a s
 
 build: $(BUILT)  ## set up the environment and build the extension in place
 
-lint: | $(VENV_PY)  ## check the code's style with ruff and, if present, clang-format
-	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PY) -m pip install ruff
+lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
+	@$(PY) -c 'import ruff, clang_format' 2>/dev/null || $(PY) -m pip install ruff clang-format==$(CLANG_FORMAT)
 	$(PY) -m ruff check .
-	@if command -v clang-format >/dev/null; then \
-	  git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs clang-format --dry-run --Werror && echo 'clang-format: all is well'; \
-	else echo 'clang-format: not installed, skipped'; fi
+	git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | \
+	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror
 
 clean:  ## remove what was built, and the environment
 	rm -rf build dist *.egg-info resnet_fused/_C.*.so $(if $(filter .venv,$(VENV)),.venv)

@@ -12,9 +12,9 @@
 namespace resnet_fused {
 
 // What shapes the native convolutions take.
-inline constexpr int64_t kChannelMultiple = 8;   // 16 bytes of 16-bit values; the same for float32
-inline constexpr int64_t kMostChannels = 2048;   // the prologue's tables have to fit into shared memory
-inline constexpr int64_t kMostTaps = 7;          // per dimension
+inline constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values; the same for float32
+inline constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
+inline constexpr int64_t kMostTaps = 7;         // per dimension
 inline constexpr int64_t kMostPixels = (int64_t{1} << 31) - 1024;  // kernels count them in 32 bits, a stage too far
 
 // A 2-d convolution by the names of the literature: x [N, H, W, C], weight [K, R, S, C], y [N, P, Q, K].
@@ -31,11 +31,11 @@ struct FpropParams {
   const void* x;
   const void* coefficients;  // null, or [4, C] acc: the convolution reads relu(scale*x + shift), padding stays 0
   const void* weight;
-  const void* bias;     // null, or [K] acc
+  const void* bias;  // null, or [K] acc
   void* y;
-  void* statistics;     // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
+  void* statistics;  // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
   // Instead of bias and statistics: z = relu(scale*y + shift + shortcut).
-  const void* affine;   // null, or [4, K] acc
+  const void* affine;    // null, or [4, K] acc
   const void* shortcut;  // null, or like y
   bool relu;
 };

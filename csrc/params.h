@@ -112,8 +112,8 @@ struct BackwardFinalizeParams {
   int64_t count;      // N*H*W
   bool batch_statistics;
   bool double_precision;
-  const void* sums;           // [tiles, sums_rows, C] acc
-  const void* coefficients;   // [4, C] acc, of this branch
+  const void* sums;             // [tiles, sums_rows, C] acc
+  const void* coefficients;     // [4, C] acc, of this branch
   double* workspace;            // [merge_groups(tiles), 2, C]
   void* backward_coefficients;  // [5, C] acc
 };
@@ -125,10 +125,10 @@ struct BackwardApplyParams {
   const void* y;             // null where neither mask nor batch statistics need it
   const void* coefficients;  // for the mask
   const void* backward_coefficients;
-  bool batch_statistics;     // false: dy = a * g
+  bool batch_statistics;  // false: dy = a * g
   ShortcutInput shortcut;
   ReluMask mask;
-  void* grad_y;                               // may be grad itself
+  void* grad_y;                                // may be grad itself
   const void* shortcut_backward_coefficients;  // null, or: write the second branch too
   bool shortcut_batch_statistics;
   void* grad_shortcut;

@@ -57,8 +57,7 @@ ShortcutInput shortcut_input(const OptionalTensor& shortcut, const OptionalTenso
   storage = layout.conform(*shortcut);
   input.data = storage.const_data_ptr();
   if (given(coefficients)) {
-    check_table(*coefficients, "shortcut_coefficients", kCoefficientRows, y.size(1),
-                acc_type(dtype_of(y, "y")), y);
+    check_table(*coefficients, "shortcut_coefficients", kCoefficientRows, y.size(1), acc_type(dtype_of(y, "y")), y);
     input.coefficients = coefficients->const_data_ptr();
   }
   return input;
@@ -94,8 +93,7 @@ Tensor bn_finalize(const Tensor& statistics, const OptionalTensor& weight, const
   TORCH_CHECK_VALUE(statistics.is_contiguous(), "statistics: expected a contiguous tensor, got strides ",
                     statistics.strides());
   TORCH_CHECK_VALUE(eps >= 0, "eps: expected a number >= 0, got ", eps);
-  TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
-                    "running_mean, running_var: expected both or neither");
+  TORCH_CHECK_VALUE(given(running_mean) == given(running_var), "running_mean, running_var: expected both or neither");
   if (given(num_batches_tracked)) {
     TORCH_CHECK_TYPE(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1,
                      "num_batches_tracked: expected one int64, got ", num_batches_tracked->scalar_type(), " ",
@@ -131,8 +129,8 @@ Tensor bn_finalize(const Tensor& statistics, const OptionalTensor& weight, const
 Tensor bn_coefficients(const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& weight,
                        const OptionalTensor& bias, double eps, at::ScalarType acc_dtype) {
   TORCH_CHECK_VALUE(running_mean.dim() == 1, "running_mean: expected shape [C], got ", running_mean.sizes());
-  TORCH_CHECK_TYPE(acc_dtype == at::kFloat || acc_dtype == at::kDouble,
-                   "acc_dtype: expected float32 or float64, got ", acc_dtype);
+  TORCH_CHECK_TYPE(acc_dtype == at::kFloat || acc_dtype == at::kDouble, "acc_dtype: expected float32 or float64, got ",
+                   acc_dtype);
   TORCH_CHECK_VALUE(eps >= 0, "eps: expected a number >= 0, got ", eps);
   const int64_t channels = running_mean.size(0);
   const auto device = running_mean.device();
@@ -160,8 +158,8 @@ Tensor bn_apply(const Tensor& y, const Tensor& coefficients, const OptionalTenso
   const ShortcutInput input = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   Tensor z = empty_like(dense);
   if (z.numel() == 0) return z;
-  on_device_of(y)->apply({dense.extent(), dtype, dense.tensor.const_data_ptr(), coefficients.const_data_ptr(), input,
-                       relu, z.data_ptr()});
+  on_device_of(y)->apply(
+      {dense.extent(), dtype, dense.tensor.const_data_ptr(), coefficients.const_data_ptr(), input, relu, z.data_ptr()});
   return z;
 }
 
@@ -210,8 +208,8 @@ Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int6
   Tensor out = at::empty({kBackwardRows, channels}, sums.options());
   const Tensor workspace = merge_workspace(sums, 2, at::kDouble);
   on_device_of(sums)->backward_finalize({channels, sums.size(0), sums.size(1), branch, count, batch_statistics,
-                                      sums.scalar_type() == at::kDouble, sums.const_data_ptr(),
-                                      coefficients.const_data_ptr(), workspace.data_ptr<double>(), out.data_ptr()});
+                                         sums.scalar_type() == at::kDouble, sums.const_data_ptr(),
+                                         coefficients.const_data_ptr(), workspace.data_ptr<double>(), out.data_ptr()});
   return out;
 }
 
@@ -262,10 +260,11 @@ void bn_backward_apply_(const Tensor& grad, const Tensor& y, const Tensor& coeff
   backward_apply_into(grad, grad, y, dense, coefficients, backward_coefficients, shortcut, z, relu, batch_statistics);
 }
 
-std::tuple<Tensor, Tensor> bn_backward_apply_pair(
-    const Tensor& grad, const Tensor& y, const Tensor& coefficients, const Tensor& backward_coefficients,
-    const Tensor& shortcut, const Tensor& shortcut_coefficients, const Tensor& shortcut_backward_coefficients,
-    bool relu, bool batch_statistics, bool shortcut_batch_statistics) {
+std::tuple<Tensor, Tensor> bn_backward_apply_pair(const Tensor& grad, const Tensor& y, const Tensor& coefficients,
+                                                  const Tensor& backward_coefficients, const Tensor& shortcut,
+                                                  const Tensor& shortcut_coefficients,
+                                                  const Tensor& shortcut_backward_coefficients, bool relu,
+                                                  bool batch_statistics, bool shortcut_batch_statistics) {
   check_activation(y, "y");
   check_like(grad, "grad", y, "y");
   const DType dtype = dtype_of(y, "y");

@@ -20,8 +20,7 @@ inline DType dtype_of(const at::Tensor& t, const char* name) {
     case at::kFloat: return DType::Float32;
     case at::kBFloat16: return DType::BFloat16;
     case at::kHalf: return DType::Float16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": expected float64, float32, bfloat16 or float16, got ", t.scalar_type());
+    default: TORCH_CHECK_TYPE(false, name, ": expected float64, float32, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 
@@ -45,8 +44,8 @@ inline void check_like(const at::Tensor& t, const char* name, const at::Tensor& 
 // A table [rows, C] of dtype acc.
 inline void check_table(const at::Tensor& t, const char* name, int64_t rows, int64_t channels, at::ScalarType acc,
                         const at::Tensor& like) {
-  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == channels, name, ": expected shape [", rows,
-                    ", ", channels, "], got ", t.sizes());
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == channels, name, ": expected shape [", rows, ", ",
+                    channels, "], got ", t.sizes());
   TORCH_CHECK_TYPE(t.scalar_type() == acc, name, ": expected dtype ", acc, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected device ", like.device(), ", got ", t.device());
   TORCH_CHECK_VALUE(t.is_contiguous(), name, ": expected a contiguous tensor, got strides ", t.strides());

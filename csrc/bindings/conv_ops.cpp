@@ -129,8 +129,7 @@ std::tuple<Tensor, Tensor> conv_fprop(const Tensor& x, const OptionalTensor& coe
   }
   Tensor y = empty_activation(x, s.k, s.p, s.q);
   if (y.numel() == 0) return {y, at::zeros({1, kStatisticsRows, s.k}, x.options().dtype(at::kFloat))};
-  Tensor statistics =
-      at::empty({backend().fprop_tiles(s), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
+  Tensor statistics = at::empty({backend().fprop_tiles(s), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
   p.y = y.data_ptr();
   p.statistics = statistics.data_ptr();
   const c10::DeviceGuard guard(x.device());
@@ -248,8 +247,7 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   p.coefficients = table_of(coefficients, "coefficients", kCoefficientRows, x.size(1), x);
   p.dw = dw.data_ptr();
   p.dw_dtype = dtype_of(dw, "dtype");
-  const Tensor workspace =
-      at::empty({backend().wgrad_workspace(p.shape, p.dw_dtype)}, x.options().dtype(at::kFloat));
+  const Tensor workspace = at::empty({backend().wgrad_workspace(p.shape, p.dw_dtype)}, x.options().dtype(at::kFloat));
   p.workspace = workspace.data_ptr<float>();
   const c10::DeviceGuard guard(x.device());
   backend().wgrad(p);

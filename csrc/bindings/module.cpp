@@ -74,10 +74,9 @@ PYBIND11_MODULE(_C, m) {
   });
 #ifdef RESNET_FUSED_WITH_CUDA
   using Sizes = std::vector<int64_t>;
-  m.def("conv_tiles", [](const std::string& pass, const Sizes& x, const Sizes& weight, const Sizes& stride,
-                         const Sizes& padding, const Sizes& dilation) {
-    return resnet_fused::conv_tiles(pass, x, weight, stride, padding, dilation);
-  });
+  m.def("conv_tiles",
+        [](const std::string& pass, const Sizes& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
+           const Sizes& dilation) { return resnet_fused::conv_tiles(pass, x, weight, stride, padding, dilation); });
 #endif
   m.def("memory_pool_state", &memory_pool_state);
   m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);

@@ -45,8 +45,7 @@ int64_t grain(const Extent& extent, int64_t pieces) {
 template <class Params>
 void for_slices(const Params& p, void (*kernel)(const Params&, int64_t, int64_t)) {
   const int64_t slices = slice_count(p.extent);
-  at::parallel_for(0, slices, grain(p.extent, slices),
-                   [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  at::parallel_for(0, slices, grain(p.extent, slices), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 template <class Params>
@@ -231,9 +230,8 @@ namespace resnet_fused {
 
 const Backend& cpu_backend() {
   static const Backend backend = {
-      cpu::merged_tiles,    cpu::no_groups,         cpu::statistics,     cpu::finalize,          cpu::coefficients,
-      cpu::apply,           cpu::backward_reduce,   cpu::backward_finalize, cpu::backward_apply,
-      cpu::relu_backward_add,
+      cpu::merged_tiles, cpu::no_groups,       cpu::statistics,        cpu::finalize,       cpu::coefficients,
+      cpu::apply,        cpu::backward_reduce, cpu::backward_finalize, cpu::backward_apply, cpu::relu_backward_add,
   };
   return backend;
 }

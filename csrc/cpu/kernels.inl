@@ -116,8 +116,8 @@ struct Join {
   const typename T::Value* y;
   const typename T::Value* shortcut;
 
-  Join(const void* y_data, const void* coefficients, const ShortcutInput& input, const Extent& extent,
-       int64_t offset, int64_t channel)
+  Join(const void* y_data, const void* coefficients, const ShortcutInput& input, const Extent& extent, int64_t offset,
+       int64_t channel)
       : scale(row(coefficients, kScale, extent), channel),
         shift(row(coefficients, kShift, extent), channel),
         shortcut_scale(row(kShortcut == Shortcut::kAffine ? input.coefficients : coefficients, kScale, extent),
@@ -125,8 +125,7 @@ struct Join {
         shortcut_shift(row(kShortcut == Shortcut::kAffine ? input.coefficients : coefficients, kShift, extent),
                        channel),
         y(static_cast<const typename T::Value*>(y_data) + offset),
-        shortcut(kShortcut == Shortcut::kNone ? nullptr
-                                              : static_cast<const typename T::Value*>(input.data) + offset) {}
+        shortcut(kShortcut == Shortcut::kNone ? nullptr : static_cast<const typename T::Value*>(input.data) + offset) {}
 
   static const Acc* row(const void* coefficients, CoefficientRow which, const Extent& extent) {
     return static_cast<const Acc*>(coefficients) + which * extent.channels;
@@ -278,8 +277,8 @@ void backward_apply_pair_slices(const BackwardApplyParams& p, int64_t begin, int
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
       const Acc g = grad[i];
-      grad_shortcut[i] = T::store(kShortcutStatistics ? shortcut_affine(g, T::load(shortcut[i]), i)
-                                                      : shortcut_affine.a[i] * g);
+      grad_shortcut[i] =
+          T::store(kShortcutStatistics ? shortcut_affine(g, T::load(shortcut[i]), i) : shortcut_affine.a[i] * g);
     }
   });
 }
@@ -302,14 +301,13 @@ void relu_backward_add(const ReluBackwardAddParams& p, int64_t begin, int64_t en
   dispatch_dtype(p.dtype, [&](auto t) {
     dispatch_mask(p.mask, p.shortcut, [&](auto mask) {
       using T = decltype(t);
-      for_each_slice(p.extent, begin, end,
-                     [&](auto per_channel, int64_t offset, int64_t length, int64_t channel) {
-                       const MaskedGrad<T, mask.value, per_channel.value> grad(
-                           p.grad, p.mask, p.y, p.coefficients, p.shortcut, p.extent, offset, channel);
-                       auto* out = static_cast<typename T::Value*>(p.out) + offset;
+      for_each_slice(p.extent, begin, end, [&](auto per_channel, int64_t offset, int64_t length, int64_t channel) {
+        const MaskedGrad<T, mask.value, per_channel.value> grad(p.grad, p.mask, p.y, p.coefficients, p.shortcut,
+                                                                p.extent, offset, channel);
+        auto* out = static_cast<typename T::Value*>(p.out) + offset;
 #pragma omp simd
-                       for (int64_t i = 0; i < length; ++i) out[i] = T::store(T::load(out[i]) + grad[i]);
-                     });
+        for (int64_t i = 0; i < length; ++i) out[i] = T::store(T::load(out[i]) + grad[i]);
+      });
     });
   });
 }
@@ -339,8 +337,8 @@ inline void merge(double count, double mean, double m2, double& total, double& t
 }
 
 template <class Acc>
-inline void write_statistics(void* partials, int64_t tile, int64_t channels, int64_t channel, double count,
-                             double mean, double m2) {
+inline void write_statistics(void* partials, int64_t tile, int64_t channels, int64_t channel, double count, double mean,
+                             double m2) {
   Acc* out = static_cast<Acc*>(partials) + tile * kStatisticsRows * channels + channel;
   out[kCount * channels] = static_cast<Acc>(count);
   out[kTileMean * channels] = static_cast<Acc>(mean);
@@ -399,8 +397,7 @@ void statistics_planes(const StatisticsParams& p, void* partials, int64_t tile, 
   const Range images = tile_range(p.extent, tile);
   double count = 0, mean = 0, m2 = 0;
   for (int64_t n = images.begin; n < images.end; ++n) {
-    const auto* plane =
-        static_cast<const typename T::Value*>(p.y) + (n * p.extent.channels + channel) * p.extent.inner;
+    const auto* plane = static_cast<const typename T::Value*>(p.y) + (n * p.extent.channels + channel) * p.extent.inner;
     for (int64_t i0 = 0; i0 < p.extent.inner; i0 += kStripLength) {
       const int64_t length = p.extent.inner - i0 < kStripLength ? p.extent.inner - i0 : kStripLength;
       const auto* y = plane + i0;
@@ -424,8 +421,7 @@ void statistics_planes(const StatisticsParams& p, void* partials, int64_t tile, 
 void statistics(const StatisticsParams& p, void* partials, int64_t tile, int64_t block) {
   dispatch_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    p.extent.inner == 1 ? statistics_rows<T>(p, partials, tile, block)
-                        : statistics_planes<T>(p, partials, tile, block);
+    p.extent.inner == 1 ? statistics_rows<T>(p, partials, tile, block) : statistics_planes<T>(p, partials, tile, block);
   });
 }
 
@@ -440,8 +436,7 @@ void backward_reduce_rows(const BackwardReduceParams& p, void* partials, int64_t
   const int64_t width = channels - first < kChannelBlock ? channels - first : kChannelBlock;
   const Range rows = tile_range(p.extent, tile);
   const Acc* mean = static_cast<const Acc*>(p.coefficients) + kMean * channels + first;
-  const Acc* shortcut_mean =
-      kPair ? static_cast<const Acc*>(p.shortcut.coefficients) + kMean * channels + first : mean;
+  const Acc* shortcut_mean = kPair ? static_cast<const Acc*>(p.shortcut.coefficients) + kMean * channels + first : mean;
   double total[kRows][kChannelBlock] = {};
   for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kStripRows) {
     const int64_t r1 = rows.end - r0 < kStripRows ? rows.end : r0 + kStripRows;
@@ -482,8 +477,7 @@ void backward_reduce_planes(const BackwardReduceParams& p, void* partials, int64
   const int64_t channels = p.extent.channels;
   const Range images = tile_range(p.extent, tile);
   const Acc mean = static_cast<const Acc*>(p.coefficients)[kMean * channels + channel];
-  const Acc shortcut_mean =
-      kPair ? static_cast<const Acc*>(p.shortcut.coefficients)[kMean * channels + channel] : mean;
+  const Acc shortcut_mean = kPair ? static_cast<const Acc*>(p.shortcut.coefficients)[kMean * channels + channel] : mean;
   double total[3] = {};
   for (int64_t n = images.begin; n < images.end; ++n) {
     for (int64_t i0 = 0; i0 < p.extent.inner; i0 += kStripLength) {

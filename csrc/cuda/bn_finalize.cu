@@ -109,8 +109,8 @@ template <class Acc>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) group_sums(const BackwardFinalizeParams p) {
   const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
   const int64_t end = c < p.channels ? group_begin(p.tiles, blockIdx.y + 1) : 0;
-  const auto total = merge_sums<Acc>(p.sums, p.sums_rows, 1 + p.branch, p.channels, c,
-                                     group_begin(p.tiles, blockIdx.y), end);
+  const auto total =
+      merge_sums<Acc>(p.sums, p.sums_rows, 1 + p.branch, p.channels, c, group_begin(p.tiles, blockIdx.y), end);
   if (threadIdx.y != 0 || c >= p.channels) return;
   double* out = p.workspace + blockIdx.y * 2 * p.channels + c;
   out[0] = total.grad;
@@ -167,8 +167,8 @@ template <class Acc, class Tile>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
     backward_finalize_channels(const BackwardFinalizeParams p) {
   const int64_t channel = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
-  const auto total = merge_sums<Tile>(p.sums, p.sums_rows, 1 + p.branch, p.channels, channel, 0,
-                                      channel < p.channels ? p.tiles : 0);
+  const auto total =
+      merge_sums<Tile>(p.sums, p.sums_rows, 1 + p.branch, p.channels, channel, 0, channel < p.channels ? p.tiles : 0);
   if (threadIdx.y != 0 || channel >= p.channels) return;
 
   const auto* forward = static_cast<const Acc*>(p.coefficients) + channel;

@@ -148,8 +148,8 @@ cudaError_t launch_statistics(const StatisticsParams& p, cudaStream_t stream) {
     statistics_rows<T, kWidth>
         <<<grid, dim3(x, kThreads / x), 0, stream>>>(y, statistics, p.extent.outer, p.extent.channels);
   } else {
-    statistics_planes<T, kWidth><<<dim3(grid_size(p.extent.channels), tiles), kThreads, 0, stream>>>(
-        y, statistics, p.extent);
+    statistics_planes<T, kWidth>
+        <<<dim3(grid_size(p.extent.channels), tiles), kThreads, 0, stream>>>(y, statistics, p.extent);
   }
   return cudaGetLastError();
 }

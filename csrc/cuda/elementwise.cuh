@@ -42,9 +42,8 @@ template <int kWidth>
 __device__ int64_t offset_of_vector(const Extent& extent, int64_t channel, int64_t v) {
   const int64_t per_plane = extent.inner / kWidth;
   // A division in 64 bits costs several times one in 32.
-  const int64_t image = v >> 32 | per_plane >> 32
-                            ? v / per_plane
-                            : static_cast<uint32_t>(v) / static_cast<uint32_t>(per_plane);
+  const int64_t image =
+      v >> 32 | per_plane >> 32 ? v / per_plane : static_cast<uint32_t>(v) / static_cast<uint32_t>(per_plane);
   return (image * extent.channels + channel) * extent.inner + (v - image * per_plane) * kWidth;
 }
 

@@ -55,8 +55,7 @@ class Staging {
   __device__ void store(void* tensor, PixelOf pixel_of, int channels, int first) {
     __syncthreads();
     walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
-      store_vector(static_cast<Value*>(tensor) + offset,
-                   *reinterpret_cast<const Vector<Value, kValues>*>(staged));
+      store_vector(static_cast<Value*>(tensor) + offset, *reinterpret_cast<const Vector<Value, kValues>*>(staged));
     });
     __syncthreads();
   }

@@ -29,8 +29,8 @@ struct Fprop {
 
 // Count, mean and M2 of every column of the tile, from the values as they are stored.
 template <class Tile>
-__device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, int rows, float* statistics,
-                                int channels, int first) {
+__device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, int rows, float* statistics, int channels,
+                                int first) {
   ColumnSums<Tile> sums(shared), squares(shared + ColumnSums<Tile>::kBytes);
   const float inverse = 1.0f / static_cast<float>(rows);
   sums.sum(d, [&](int row, int, float v, int, int) { return row < rows ? v : 0.0f; });

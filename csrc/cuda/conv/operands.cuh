@@ -176,7 +176,7 @@ class Copier {
   const typename T::Value* first_;
   const typename T::Value* second_;
   ChannelTables tables_;
-  int offset_;  // bytes into a stage, of the first chunk
+  int offset_;          // bytes into a stage, of the first chunk
   uint32_t valid_ = 0;  // a bit per chunk and stage, the stage issued last uppermost
 };
 
@@ -318,8 +318,7 @@ class WeightColumns {
   using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
-  __device__ WeightColumns(const void* weight, const ConvShape& s, const Gather& gh, const Gather& gw,
-                           int first_column)
+  __device__ WeightColumns(const void* weight, const ConvShape& s, const Gather& gh, const Gather& gw, int first_column)
       : copies_(weight, nullptr, ChannelTables(nullptr, 0)), gh_(gh), gw_(gw), width_(s.s), channels_(s.c), k_(s.k) {
     walk_ = {gh.taps, gw.taps, (s.k + kTileK<T> - 1) / kTileK<T>};
     channel_ = first_column + Copies::Dealt::column() * kChunkValues<T>;

@@ -51,7 +51,12 @@ constexpr Gather dgrad_gather(int size, int stride, int pad, int dilation, int f
     const int numerator = parity + pad - first * dilation;
     if (numerator % stride != 0) continue;
     // u*1 + numerator/stride, exact for negative numerators too
-    return {1, numerator / stride, -every * dilation / stride, size, first, every,
+    return {1,
+            numerator / stride,
+            -every * dilation / stride,
+            size,
+            first,
+            every,
             static_cast<int>(ceil_div(filter - first, every))};
   }
   return {1, 0, 0, size, 0, 1, 0};
@@ -84,9 +89,7 @@ struct SubProblem {
 // The sub-problems take turns, since they read the same of dy; where one has more tiles than another they follow last.
 constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int rows) {
   const int parts = s.stride_h * s.stride_w;
-  const auto tiles_of = [&](int part) {
-    return ceil_div(dgrad_pixels(s, part / s.stride_w, part % s.stride_w), rows);
-  };
+  const auto tiles_of = [&](int part) { return ceil_div(dgrad_pixels(s, part / s.stride_w, part % s.stride_w), rows); };
   // Of even parity are the most pixels, of odd parity the fewest.
   const int64_t together = tiles_of(parts - 1);
   const auto at = [&](int part, int64_t index) {

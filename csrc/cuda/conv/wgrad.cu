@@ -18,8 +18,8 @@ struct Wgrad {
   using A = PixelColumns<T, Tile, Tile::kM, PrologueA, OwnPixels>;
   using B = PixelColumns<T, Tile, Tile::kN, PrologueB, TapPixels>;
   static constexpr int kRing = kRingBytes<A, B>;
-  static constexpr int kSharedBytes = kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) +
-                                      ChannelTables::bytes(PrologueB::kTables, Tile::kN);
+  static constexpr int kSharedBytes =
+      kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) + ChannelTables::bytes(PrologueB::kTables, Tile::kN);
 };
 
 // Grid: rows of tiles, columns of tiles, splits.
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) wgrad_kern
 
 // Adds the splits, four values per thread, and converts.
 template <class T>
-__global__ void __launch_bounds__(kThreads) add_splits(const float* __restrict__ workspace,
-                                                      typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
+__global__ void __launch_bounds__(kThreads)
+    add_splits(const float* __restrict__ workspace, typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
   for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < vectors; v += int64_t{gridDim.x} * kThreads) {
     auto sum = load_vector<4>(workspace + 4 * v);
 #pragma unroll 8

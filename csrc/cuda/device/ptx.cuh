@@ -13,9 +13,7 @@
 
 namespace resnet_fused::cuda::ptx {
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Data movement: st.global, of 16 and 8 bytes at a multiple of as many.
 __device__ inline void store_global_128(void* global, uint4 value) {
