@@ -13,7 +13,9 @@ namespace resnet_fused::cuda {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kHeld = 8;  // tiles that a thread loads before it merges them
+// Tiles that a thread loads before it merges them.
+template <class Part>
+constexpr int kHeld = sizeof(Part) > 16 ? 4 : 8;
 // At least, per multiprocessor: without the bound ptxas spills to reach more.
 constexpr int kBlocks = 1;
 
@@ -50,13 +52,14 @@ __device__ void merge_lanes(Part& part) {
 // The union of a channel's tiles begin ... end - 1, `tile(t)` being the t-th; the result as of merge_lanes.
 template <class Part, class Tile>
 __device__ Part merge_tiles(int64_t begin, int64_t end, Tile tile) {
+  constexpr int kParts = kHeld<Part>;
   Part total{};
-  for (int64_t t = begin + threadIdx.y; t < end; t += kLanes * kHeld) {
-    Part held[kHeld];
+  for (int64_t t = begin + threadIdx.y; t < end; t += kLanes * kParts) {
+    Part held[kParts];
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) held[u] = t + u * kLanes < end ? tile(t + u * kLanes) : Part{};
+    for (int u = 0; u < kParts; ++u) held[u] = t + u * kLanes < end ? tile(t + u * kLanes) : Part{};
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) total.merge(held[u]);
+    for (int u = 0; u < kParts; ++u) total.merge(held[u]);
   }
   merge_lanes(total);
   return total;

@@ -17,10 +17,10 @@
 namespace resnet_fused::cuda {
 namespace {
 
-// Where more would spill, fewer than the tile's.
-template <class T, class Tile>
+// Where the tile's would spill, fewer.
+template <class T, class Tile, class Prologue>
 inline constexpr int kBlocks =
-    sizeof(typename T::Value) == 2 && Tile::kM == Tile::kN ? Tile::kBlocks : 384 / Tile::kBlockThreads;
+    sizeof(typename T::Value) == 2 && Prologue::kSources == 2 ? Tile::kBlocks : 256 / Tile::kBlockThreads;
 
 template <class T, class Tile, class Prologue>
 struct Dgrad {
@@ -34,7 +34,7 @@ struct Dgrad {
 };
 
 template <class T, class Tile, class Prologue>
-__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile>) dgrad_kernel(const DgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue>) dgrad_kernel(const DgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Dgrad<T, Tile, Prologue>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];

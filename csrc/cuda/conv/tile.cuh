@@ -117,7 +117,8 @@ struct BlockTile {
   static constexpr int kWarpsM = kRowsOfWarps, kWarpsN = kColumnsOfWarps;
   static constexpr int kBlockThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  static constexpr int kBlocks = 512 / kBlockThreads;  // per multiprocessor, so that one multiplies while another waits
+  // Per multiprocessor, so that one multiplies while another waits; of tiles that aren't square a thread holds more.
+  static constexpr int kBlocks = (kM == kN ? 512 : 384) / kBlockThreads;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   // Powers of two: a warp's first chunk and the constants from there on have no bits in common.
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && (kWarpM & (kWarpM - 1)) == 0 && (kWarpN & (kWarpN - 1)) == 0);

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
     add_splits(const float* __restrict__ workspace, typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
   for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < vectors; v += int64_t{gridDim.x} * kThreads) {
     auto sum = load_vector<4>(workspace + 4 * v);
-#pragma unroll 8
+#pragma unroll 4
     for (int split = 1; split < splits; ++split) {
       const auto part = load_vector<4>(workspace + 4 * (split * vectors + v));
 #pragma unroll
