@@ -88,15 +88,15 @@ struct SubProblem {
 
 // The sub-problems take turns, since they read the same of dy; where one has more tiles than another they follow last.
 constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int rows) {
-  const int parts = s.stride_h * s.stride_w;
+  const int bits = (s.stride_h == 2) + (s.stride_w == 2), parts = 1 << bits;  // strides are 1 and 2
   const auto tiles_of = [&](int part) { return ceil_div(dgrad_pixels(s, part / s.stride_w, part % s.stride_w), rows); };
-  // Of even parity are the most pixels, of odd parity the fewest.
-  const int64_t together = tiles_of(parts - 1);
   const auto at = [&](int part, int64_t index) {
     return SubProblem{part / s.stride_w, part % s.stride_w, index * rows};
   };
-  if (tile < together * parts) return at(static_cast<int>(tile % parts), tile / parts);
-  tile -= together * parts;
+  // Of even parity are the most pixels, of odd parity the fewest.
+  const int64_t together = tiles_of(parts - 1);
+  if (tile < together << bits) return at(static_cast<int>(tile & (parts - 1)), tile >> bits);
+  tile -= together << bits;
   for (int part = 0; part < parts; ++part) {
     const int64_t more = tiles_of(part) - together;
     if (tile < more) return at(part, together + tile);

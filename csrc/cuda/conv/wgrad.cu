@@ -40,11 +40,12 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) wgrad_kern
   __syncthreads();
 
   const PixelGrid grid{s.n, s.p, s.q};
-  // Splits are cut at whole stages.
-  const int64_t stages = (grid.pixels() + kTileK<T> - 1) / kTileK<T>;
-  const int64_t stop = stages * (blockIdx.z + 1) / gridDim.z * kTileK<T>;
-  const auto begin = static_cast<int>(stages * blockIdx.z / gridDim.z * kTileK<T>);
-  const auto end = static_cast<int>(stop < grid.pixels() ? stop : grid.pixels());
+  // Splits are cut at whole stages; the first ones get one more where they don't share them evenly.
+  const int pixels = static_cast<int>(grid.pixels()), split = blockIdx.z, splits = gridDim.z;
+  const int stages = (pixels + kTileK<T> - 1) / kTileK<T>, least = stages / splits, more = stages % splits;
+  const int first = split * least + (split < more ? split : more);
+  const int begin = first * kTileK<T>, stop = (first + least + (split < more)) * kTileK<T>;
+  const int end = stop < pixels ? stop : pixels;
 
   Gather gh = fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r);
   Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
