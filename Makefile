@@ -116,7 +116,8 @@ counted-cost: $(BUILT)  ## count what the CUDA kernels move and multiply, on a s
 build: $(BUILT)  ## set up the environment and build the extension in place
 
 lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
-	@$(PY) -c 'import ruff, clang_format' 2>/dev/null || $(PY) -m pip install ruff clang-format==$(CLANG_FORMAT)
+	@$(PY) -c 'import importlib.metadata as m, ruff; assert m.version("clang-format") == "$(CLANG_FORMAT)"' 2>/dev/null || \
+	  $(PY) -m pip install ruff clang-format==$(CLANG_FORMAT)
 	$(PY) -m ruff check .
 	git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | \
 	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror

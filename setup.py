@@ -21,7 +21,7 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 TORCH_MIN, TORCH_END = (2, 11), (2, 16)
-DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
+DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 CPP_SOURCES = [
     "csrc/bindings/library.cpp",
@@ -100,10 +100,9 @@ def known_archs(nvcc: Path) -> list[str]:
     return subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
 
 
-def cuda_arch_list(environ, known: list[str]) -> str:
-    """For the GPUs that the environment names, or all usual ones of those `known`, with PTX for later ones."""
-    usual = [arch for arch in DEFAULT_CUDA_ARCHS if f"compute_{arch.rstrip('a').replace('.', '')}" in known]
-    return environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(usual) + "+PTX"
+def default_arch_list(known: list[str]) -> str:
+    """All usual GPUs of those `known`, with PTX for later ones."""
+    return ";".join(arch for arch in DEFAULT_CUDA_ARCHS if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
 
 
 def check_compiler(cxx: str) -> None:
@@ -148,7 +147,7 @@ def make_extension(torch, environ):
     macros = [("RESNET_FUSED_VERSION", f'"{VERSION}"')]
     if cuda:
         macros.append(("RESNET_FUSED_WITH_CUDA", None))
-        environ["TORCH_CUDA_ARCH_LIST"] = cuda_arch_list(environ, known_archs(nvcc))
+        environ["TORCH_CUDA_ARCH_LIST"] = environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(known_archs(nvcc))
     extension = (CUDAExtension if cuda else CppExtension)(
         name="resnet_fused._C",
         sources=CPP_SOURCES + (CUDA_SOURCES if cuda else []),

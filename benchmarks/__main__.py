@@ -42,7 +42,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
-    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {CUDA_BATCH})")
+    usual = f"{CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
+    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {usual})")
     how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
     how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: as many as time allows)")
     how.add_argument(
@@ -139,10 +140,9 @@ def run_bandwidth(settings: Settings, megabytes: Sequence[float], folder: Path) 
 
 
 def run_convolutions(settings: Settings, part: str, folder: Path) -> list[convolutions.Outcome]:
-    chosen, left = convolutions.select(part, settings)
+    chosen, dtypes, left = convolutions.native_only(convolutions.select(part, settings.size), settings)
     for name, reason in left.items():
         print(f"not native: {name}: {reason}")
-    dtypes = [dtype for dtype in settings.dtypes if dtype not in left]
     total = len(chosen) * len(dtypes) * convolutions.cases_per_shape(settings)
     if not total:
         raise SystemExit("no native convolution has such a name and dtype")
@@ -168,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         native=options.native,
         quick=quick,
     )
+    # What training scripts on a GPU do; eager takes part in it.
+    torch.backends.cudnn.benchmark = settings.device.type == "cuda"
     folder = options.output / report.slug(report.device_name(settings.device))
     start = time.perf_counter()
 

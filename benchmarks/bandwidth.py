@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.cases import DTYPES, Settings
-from benchmarks.device_clock import CACHES, DeviceClock, cache_bytes
+from benchmarks.device_clock import CACHES, DeviceClock
 from benchmarks.timing import Effort, Race, Spread, race, seconds
 from resnet_fused import ops
 
@@ -34,6 +35,7 @@ QUICK_MEGABYTES = (0.05,)
 QUICK_CALLS = 2  # per lap
 
 FEWEST_CALLS, MOST_CALLS = 4, 400  # per lap
+CPU_CACHE = 32 << 20  # bytes, where the system doesn't tell
 HEAD_START = 0.008  # seconds: longer than it takes to launch the most calls
 
 SECONDS = 0.4  # of timing, per case
@@ -152,6 +154,14 @@ class Outcome:
         bytes_ratio = (kernel.reads + kernel.writes) / (COPY.reads + COPY.writes)
         speeds = zip(self.race.seconds["kernel"], self.race.seconds["copy"], strict=True)
         return Spread.of([bytes_ratio * copy / s for s, copy in speeds])
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last level cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) << 10 for s in sizes if re.fullmatch(r"\d+K", s)), default=CPU_CACHE)
 
 
 def calls_per_lap(activation: int, cache: int) -> int:

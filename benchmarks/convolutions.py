@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Every convolution of ResNet-18 and ResNet-50: the native kernels against the library's, pass by pass, raw and fused.
+"""The convolutions of ResNet-18's and ResNet-50's blocks: the native kernels against the library's, pass by pass, raw
+and fused.
 
 `benchmarks/passes.py` says what that means. A call is timed alone, out of cold caches, without its launching.
 """
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -39,10 +41,15 @@ class Case:
 
     name: str
     shape: Shape
+    behind_norm: bool
     batch: int
     dtype: str
     which: str
     form: str
+
+    @property
+    def fused(self) -> bool:
+        return self.form == "fused"
 
     def __str__(self) -> str:
         return f"{self.name} {self.shape}, batch {self.batch}, {self.dtype}, {self.form} {self.which}"
@@ -50,11 +57,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found. The race is between "native" and "library"."""
+    """What was found. The race is between "native" and "library"; ``hidden``: whether launching is not in its times."""
 
     case: Case
     check: Check
     race: Race
+    hidden: bool
 
     @property
     def speed(self) -> Spread:
@@ -73,52 +81,59 @@ class Job:
 
     def run(self) -> Outcome:
         """Check the native pass by the library's error, then time both."""
-        which, fused = self.case.which, self.case.form == "fused"
-        native = functools.partial(self.passes.native, which, fused=fused)
-        library = self.passes.library(which, fused=fused)
-        found, seen = (self.passes.compared(which, call(), fused=fused) for call in (native, library))
-        verdict = testing.compare({"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[which], found, seen, self.exact)
+        case, passes = self.case, self.passes
+        calls = {
+            "native": passes.native(case.which, fused=case.fused),
+            "library": passes.library(case.which, fused=case.fused),
+        }
+        found, seen = (passes.compared(case.which, call()) for call in calls.values())
+        exact = passes.exact(case.which, fused=case.fused)
+        if case.which == "dgrad" and case.fused:
+            seen, exact = passes.stopped(seen), passes.stopped(exact)
+        verdict = testing.compare({"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[case.which], found, seen, exact)
+        del found, seen, exact
         failures = [] if verdict.passed else [str(verdict)]
-        raced = race({"native": native, "library": library}, self.passes.x.device, self.effort, self.clock)
-        return Outcome(self.case, Check(1, 1, verdict, failures), raced)
+        self.clock.hidden = True
+        raced = race(calls, passes.x.device, self.effort, self.clock)
+        return Outcome(case, Check(1, 1, verdict, failures), raced, self.clock.hidden)
 
-    @property
-    def exact(self) -> torch.Tensor:
-        return self.passes.exact(self.case.which, fused=self.case.form == "fused")
+
+class Role(NamedTuple):
+    """A convolution as a block has it: reading the block's input, or behind a batch norm and a ReLU."""
+
+    shape: Shape
+    behind_norm: bool
 
 
 @functools.cache
-def shapes(size: int) -> dict[str, Shape]:
-    """The distinct convolutions of both networks for images of ``size`` pixels, by the dotted name of the first."""
-    found: dict[Shape, str] = {}
+def roles(size: int) -> dict[Role, list[str]]:
+    """The distinct convolutions of both networks for images of ``size`` pixels, with the dotted names of each."""
+    found: dict[Role, list[str]] = {}
 
     def note(name: str, conv: nn.Conv2d, arguments: tuple[torch.Tensor]) -> None:
         shape = Shape(conv.in_channels, arguments[0].shape[2], conv.out_channels, conv.kernel_size[0], conv.stride[0])
         assert conv.padding == (shape.padding,) * 2 and conv.groups == 1 and conv.dilation == (1, 1)
-        found.setdefault(shape, name)
+        behind_norm = not name.endswith(("conv1", "downsample.0"))
+        found.setdefault(Role(shape, behind_norm), []).append(name)
 
     for network in NETWORKS:
         with torch.device("meta"):
-            model = torchvision.models.get_model(network, weights=None)
+            model = torchvision.models.get_model(network, weights=None).eval()
             for name, module in model.named_modules():
                 if isinstance(module, nn.Conv2d):
                     module.register_forward_pre_hook(functools.partial(note, f"{network}.{name}"))
             model(torch.empty(1, 3, size, size))
-    return {name: shape for shape, name in found.items()}
+    return found
 
 
-def select(part: str, settings: Settings) -> tuple[dict[str, Shape], dict[str, str]]:
-    """The convolutions whose name contains ``part``, and why others of them, or dtypes, are not native."""
-    chosen = {name: shape for name, shape in shapes(settings.size).items() if part in name}
-    left = {name: reason for name, shape in chosen.items() if (reason := not_native(shape, settings, torch.float16))}
-    some = Shape(8, 1, 8, 1, 1)
-    left |= {dtype: r for dtype in settings.dtypes if (r := not_native(some, settings, DTYPES[dtype]))}
-    return {name: shape for name, shape in chosen.items() if name not in left}, left
+def select(part: str, size: int) -> dict[str, Role]:
+    """The convolutions one of whose names contains ``part``, by that name."""
+    matches = {role: [name for name in names if part in name] for role, names in roles(size).items()}
+    return {names[0]: role for role, names in matches.items() if names}
 
 
-def not_native(shape: Shape, settings: Settings, dtype: torch.dtype) -> str | None:
+def not_native(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why a convolution is not native on the device, or None."""
-    device = settings.device
 
     def empty(n: int, channels: int, side: int) -> torch.Tensor:
         t = torch.empty((n, channels, side, side), dtype=dtype, device=device)
@@ -128,13 +143,23 @@ def not_native(shape: Shape, settings: Settings, dtype: torch.dtype) -> str | No
     return ops.native_reason(x, weight, *shape.geometry, 1)
 
 
-def jobs(chosen: Mapping[str, Shape], dtypes: Sequence[str], settings: Settings) -> Iterator[Job]:
+def native_only(chosen: Mapping[str, Role], settings: Settings) -> tuple[dict[str, Role], list[str], dict[str, str]]:
+    """Of the convolutions and the settings' dtypes those that are native; and why others are not, by name."""
+    device, smallest = settings.device, Shape(8, 1, 8, 1, 1)
+    reasons = {name: not_native(role.shape, torch.float16, device) for name, role in chosen.items()}
+    reasons |= {dtype: not_native(smallest, DTYPES[dtype], device) for dtype in settings.dtypes}
+    convolutions = {name: role for name, role in chosen.items() if reasons[name] is None}
+    dtypes = [dtype for dtype in settings.dtypes if reasons[dtype] is None]
+    return convolutions, dtypes, {name: reason for name, reason in reasons.items() if reason}
+
+
+def jobs(chosen: Mapping[str, Role], dtypes: Sequence[str], settings: Settings) -> Iterator[Job]:
     """Every pass of every convolution in both forms, with the batches asked for or `BATCHES`."""
     clock = DeviceClock(settings.device, HEAD_START)
-    for (name, shape), dtype, batch in itertools.product(chosen.items(), dtypes, batches(settings)):
-        passes = Passes(shape, batch, DTYPES[dtype], settings.device)
+    for (name, role), dtype, batch in itertools.product(chosen.items(), dtypes, batches(settings)):
+        passes = Passes(role.shape, batch, DTYPES[dtype], settings.device, behind_norm=role.behind_norm)
         for which, form in itertools.product(PASSES, FORMS):
-            yield Job(Case(name, shape, batch, dtype, which, form), passes, settings.effort(SECONDS), clock)
+            yield Job(Case(name, *role, batch, dtype, which, form), passes, settings.effort(SECONDS), clock)
 
 
 def cases_per_shape(settings: Settings) -> int:
@@ -149,10 +174,6 @@ def batches(settings: Settings) -> tuple[int, ...]:
 def progress(outcome: Outcome) -> str:
     """What the line of progress says of the outcome."""
     return f"check {outcome.check}, speed {report.ratio(outcome.speed)}"
-
-
-def microseconds(spread: Spread) -> str:
-    return f"{1e6 * spread.median:.1f}"
 
 
 def tflops(outcome: Outcome, contestant: str) -> float:
@@ -170,11 +191,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for key, forms in lines.items():
         cells = []
         for o in forms:
-            times = (microseconds(o.race.time(name)) for name in ("native", "library"))
+            mark = "" if o.hidden else "*"
+            times = (f"{1e6 * o.race.time(name).median:.1f}{mark}" for name in ("native", "library"))
             cells += [*times, f"{o.speed.median:.2f}x", f"{tflops(o, 'native'):.1f}"]
         rows.append((*key, *cells, " ".join(dict.fromkeys(str(o.check) for o in forms))))
     forms = [f"{form} {column}" for form in FORMS for column in ("native us", "library us", "speed", "TFLOP/s")]
-    return report.table(("", "batch", "dtype", "pass", *forms, "check"), rows)
+    text = report.table(("", "batch", "dtype", "pass", *forms, "check"), rows)
+    return text if all(o.hidden for o in outcomes) else f"{text}\n* the time of launching is in it"
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -196,6 +219,7 @@ def records(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
         {
             "convolution": o.case.name,
             **o.case.shape._asdict(),
+            "behind_norm": o.case.behind_norm,
             "batch": o.case.batch,
             "dtype": o.case.dtype,
             "pass": o.case.which,
@@ -206,6 +230,7 @@ def records(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
             "native_tflops": tflops(o, "native"),
             "library_tflops": tflops(o, "library"),
             "rounds": o.race.rounds,
+            "launching_hidden": o.hidden,
         }
         for o in outcomes
     ]

@@ -8,7 +8,6 @@ have to move are here for tests/test_conv_cost.py and tests/test_cuda_cost.py to
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -39,7 +38,7 @@ class CountedPasses:
     """A convolution's native passes in bfloat16 with all that is fused into them, and what they have to do."""
 
     def __init__(self, images: int, shape: Shape):
-        self.passes = Passes(shape, images, torch.bfloat16, torch.device("cuda"))
+        self.passes = Passes(shape, images, torch.bfloat16, torch.device("cuda"), behind_norm=True)
         self.flops = shape.flops(images)
         pixels, output_pixels = images * shape.side**2, images * shape.output_side**2
         # Of the matrix product.
@@ -56,8 +55,8 @@ class CountedPasses:
             self.least["fprop"] = (x // 4 + weight, y)
             self.least["wgrad"] = (2 * y + x // 4, weight)
 
-    def run(self, which: str) -> None:
-        self.passes.native(which, fused=True)
+    def call(self, which: str) -> Callable[[], object]:
+        return self.passes.native(which, fused=True)
 
 
 def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
@@ -209,7 +208,7 @@ def convolution_table(count: Callable[[Callable], Counters]) -> str:
     for name, arguments in CONVOLUTIONS.items():
         passes = CountedPasses(*arguments)
         for which in PASSES:
-            launches = of_ours(count(functools.partial(passes.run, which)))
+            launches = of_ours(count(passes.call(which)))
             multiplied = f"{total(launches, 'mma_flops') / passes.flops:.3f}"
             rows.append([f"{name} {which}", *costs(launches, sum(passes.least[which])), multiplied])
     return table(("convolution", *HEADER, "tensor-core operations / exact"), rows)

@@ -66,7 +66,12 @@ def environment(device: torch.device) -> dict[str, object]:
 def cuda_environment() -> dict[str, object]:
     """What the numbers of a GPU depend on besides; float32 convolutions round to TF32 if that is allowed."""
     cudnn = torch.backends.cudnn
-    return {"cuda": torch.version.cuda, "cudnn": cudnn.version(), "tf32_convolutions": cudnn.allow_tf32}
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn.version(),
+        "cudnn_benchmark": cudnn.benchmark,
+        "tf32_convolutions": cudnn.allow_tf32,
+    }
 
 
 def milliseconds(spread: Spread, batch: int) -> str:

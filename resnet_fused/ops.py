@@ -78,8 +78,8 @@ def bn_finalize(
 ) -> Tensor:
     """Merge ``statistics`` ``[tiles, 3, C]`` into ``coefficients``; update the running statistics in place.
 
-    Merging is Chan, Golub & LeVeque's (1979), in tile order. ``running_var`` takes the unbiased variance.
-    ``num_batches_tracked`` (one int64) is incremented; ``momentum=None`` is the cumulative average.
+    Merging is Chan, Golub & LeVeque's (1979), in an order that the number of tiles fixes. ``running_var`` takes the
+    unbiased variance. ``num_batches_tracked`` (one int64) is incremented; ``momentum=None`` is the cumulative average.
     """
     return _ops.bn_finalize(
         statistics, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
@@ -308,6 +308,8 @@ def native_device_reason(device: torch.device) -> str | None:
     """Why no convolution on ``device`` is native; None if some are."""
     if device.type != "cuda" or not _WITH_CUDA:
         return f"no native convolutions for device {device}"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "compute capability below 8.0"
     return None

@@ -32,7 +32,7 @@ from benchmarks import (  # noqa: E402
     report,
 )
 from benchmarks.__main__ import main, parse  # noqa: E402
-from benchmarks.cases import Case, Job, Outcome, Settings, compiled_step, contestants  # noqa: E402
+from benchmarks.cases import Case, Job, Outcome, compiled_step, contestants  # noqa: E402
 from benchmarks.checks import DRAWS, Check, check  # noqa: E402
 from benchmarks.memory import bytes_kept  # noqa: E402
 from benchmarks.photographs import photographs  # noqa: E402
@@ -257,6 +257,13 @@ def test_defaults_of_a_device():
     assert on_cpu.bandwidth is None
 
 
+def test_a_cuda_build_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "_WITH_CUDA", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ops.native_device_reason(torch.device("cuda")) == "no GPU is visible"
+    assert not parse(["--device", "cuda"]).native
+
+
 @pytest.mark.parametrize(("with_kernels", "expected"), [(True, []), (False, None)])
 def test_bandwidth_is_in_a_gpu_s_default_run(monkeypatch, with_kernels, expected):
     monkeypatch.setattr(resnet_fused.ops, "has_kernels", lambda device: with_kernels)
@@ -339,32 +346,36 @@ def test_laps_fill_the_cache():
     assert bandwidth.calls_per_lap(1_000_000, 50_000_000) == 200
     assert bandwidth.calls_per_lap(512_000_000, 50_000_000) == bandwidth.FEWEST_CALLS
     assert bandwidth.calls_per_lap(1, 50_000_000) == bandwidth.MOST_CALLS
-    assert device_clock.cache_bytes(CPU) >= 1 << 18
+    assert bandwidth.cache_bytes(CPU) >= 1 << 18
 
 
 def test_convolutions_of_the_networks():
-    shapes = convolutions.shapes(224)
-    assert str(shapes["resnet18.conv1"]) == "3->64 7x7/2 on 224x224"
-    assert str(shapes["resnet18.layer2.0.downsample.0"]) == "64->128 1x1/2 on 56x56"
-    assert str(shapes["resnet50.layer3.0.conv2"]) == "256->256 3x3/2 on 28x28"
-    assert len(shapes) == len(set(shapes.values())) == 29
-    settings = Settings(CPU, ("training",), ("bfloat16",))
-    assert convolutions.cases_per_shape(settings) == 12
-    assert shapes["resnet18.layer4.0.conv2"].flops(2) == 2 * 2 * 7 * 7 * 512 * 512 * 9
+    roles = convolutions.roles(224)
+    # In both roles: ResNet-18's 3x3 of stride 1, and what is layer1's conv3 and downsampling in ResNet-50.
+    assert len(roles) == len({role.shape for role in roles}) + 5 == 34
+    chosen = convolutions.select("", 224)
+    assert str(chosen["resnet18.conv1"].shape) == "3->64 7x7/2 on 224x224"
+    assert str(chosen["resnet18.layer2.0.downsample.0"].shape) == "64->128 1x1/2 on 56x56"
+    assert str(chosen["resnet50.layer3.0.conv2"].shape) == "256->256 3x3/2 on 28x28"
+    assert chosen["resnet50.layer3.0.conv2"].behind_norm and not chosen["resnet18.layer1.0.conv1"].behind_norm
+    assert chosen["resnet18.layer4.0.conv2"].shape.flops(2) == 2 * 2 * 7 * 7 * 512 * 512 * 9
+    # By any of its names, although another network's came first.
+    assert "resnet50.layer1.0.conv2" in convolutions.select("resnet50.layer1", 224)
+    assert convolutions.select("resnet9000", 224) == {}
+    assert len(convolutions.select("", 32)) > 20
 
 
 def test_what_is_said_of_convolutions(tmp_path):
-    shape = convolutions.Shape(64, 56, 64, 1, 1)
+    role = convolutions.Role(convolutions.Shape(64, 56, 64, 1, 1), True)
     found = []
     for which in convolutions.PASSES:
         for form, native in (("raw", 2e-3), ("fused", 1e-3)):
-            case = convolutions.Case("layer1.conv1", shape, 32, "bfloat16", which, form)
+            case = convolutions.Case("layer1.conv1", *role, 32, "bfloat16", which, form)
             times = Race({"native": [native], "library": [1.5e-3]}, others=0.0)
-            found.append(convolutions.Outcome(case, Check(1, 1, None, []), times))
-    *_, line = convolutions.table(found).splitlines()
-    assert line.split() == (
-        "layer1.conv1 64->64 1x1 on 56x56 32 bfloat16 wgrad 2000.0 1500.0 0.75x 0.4 1000.0 1500.0 1.50x 0.8 ok".split()
-    )
+            found.append(convolutions.Outcome(case, Check(1, 1, None, []), times, hidden=form == "fused"))
+    *_, line, footnote = convolutions.table(found).splitlines()
+    cells = "layer1.conv1 64->64 1x1 on 56x56 32 bfloat16 wgrad 2000.0* 1500.0* 0.75x 0.4 1000.0 1500.0 1.50x 0.8 ok"
+    assert line.split() == cells.split() and footnote == "* the time of launching is in it"
     assert convolutions.summary(found).splitlines()[2].split()[-4:] == ["1.50x", "1", "of", "1"]
     record = convolutions.records(found)[1]
     assert record["speed"]["median"] == 1.5 and record["library_seconds"]["median"] == 1.5e-3
@@ -373,14 +384,18 @@ def test_what_is_said_of_convolutions(tmp_path):
     assert (tmp_path / "convolutions.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("behind_norm", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("which", convolutions.PASSES)
-def test_the_library_s_passes_are_what_float64_computes(which, fused):
-    passes = convolutions.Passes(convolutions.Shape(8, 9, 16, 3, 2), 40, torch.float32, CPU)
-    found = passes.compared(which, passes.library(which, fused=fused)(), fused=fused)
+def test_the_library_s_passes_are_what_float64_computes(which, fused, behind_norm):
+    shape = convolutions.Shape(8, 9, 16, 3, 2)
+    passes = convolutions.Passes(shape, 40, torch.float32, CPU, behind_norm=behind_norm)
+    found = passes.compared(which, passes.library(which, fused=fused)())
     exact = passes.exact(which, fused=fused)
     assert found.shape == exact.shape and len(exact) == (16 if which == "wgrad" else 2)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    if which == "dgrad":
+        assert (passes.stopped(exact) == 0).any() == behind_norm
 
 
 @pytest.mark.cuda
@@ -392,6 +407,7 @@ def test_convolutions_on_the_gpu(tmp_path, capsys):
     assert "not native: float32: float32, and torch.backends" in shown and "all checks passed" in shown
     found = results(tmp_path, "convolutions.json", torch.device("cuda"))["outcomes"]
     assert len(found) == 2 * 3 * 6  # dtypes, convolutions, passes in both forms
+    assert {o["behind_norm"] for o in found} == {True, False}
     for o in found:
         assert o["batch"] == 2 and o["check"]["passed"] and o["native_seconds"]["median"] > 0
 
@@ -446,8 +462,8 @@ def test_bandwidth_on_the_gpu(tmp_path, capsys):
 @pytest.mark.cuda
 def test_the_gpu_s_clock():
     device = torch.device("cuda")
-    clock = device_clock.DeviceClock(device, head_start=1e-6)
-    assert clock.passes >= 1 and clock.other.nbytes >= device_clock.HEAD_START_BYTES
+    clock, longer = (device_clock.DeviceClock(device, head_start=s) for s in (1e-6, 10.0))
+    assert clock.passes == 1 < longer.passes
     x = torch.ones(1 << 20, device=device)
     once, often = (min(clock(lambda n=n: [x.add_(1) for _ in range(n)]) for _ in range(3)) for n in (1, 100))
     assert 10 * once < often < 1.0

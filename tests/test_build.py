@@ -95,11 +95,9 @@ OLDER = [f"compute_{arch}" for arch in (75, 80, 86, 87, 89, 90)]  # of the toolk
 NEWER = [*OLDER, "compute_100", "compute_103", "compute_110", "compute_120", "compute_121"]
 
 
-def test_cuda_arch_list():
-    assert build.cuda_arch_list({}, NEWER) == "7.5;8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
-    assert build.cuda_arch_list({}, OLDER) == "7.5;8.0;8.6;8.9;9.0a+PTX"
-    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": ""}, NEWER) == build.cuda_arch_list({}, NEWER)
-    assert build.cuda_arch_list({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a"}, NEWER) == "8.0 9.0a"
+def test_default_arch_list():
+    assert build.default_arch_list(NEWER) == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    assert build.default_arch_list(OLDER) == "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -109,9 +107,9 @@ def test_known_archs_are_nvcc_s():
 
 def test_default_cuda_arch_list_is_what_torch_knows(monkeypatch):
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.cuda_arch_list({}, NEWER))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", build.default_arch_list(NEWER))
     flags = cpp_extension._get_cuda_arch_flags(build.NVCC_FLAGS)
-    assert "-gencode=arch=compute_90a,code=sm_90a" in flags
+    assert "-gencode=arch=compute_90,code=sm_90" in flags
     assert "-gencode=arch=compute_120,code=compute_120" in flags
     assert len(flags) == 8
 
@@ -195,7 +193,7 @@ def test_extension_with_cuda(torch_with_cuda):
     assert extension.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
     assert ("RESNET_FUSED_WITH_CUDA", None) in extension.define_macros
     assert ("RESNET_FUSED_VERSION", f'"{build.VERSION}"') in extension.define_macros
-    assert environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0a+PTX"  # of what this nvcc knows
+    assert environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0+PTX"  # of what this nvcc knows
     wheels = [str(site_packages / "nvidia" / name / "include") for name in ("cu13", "cublas")]
     assert extension.include_dirs[-2:] == wheels
     cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]

@@ -31,6 +31,10 @@ GEOMETRIES = {
     "3x3_one_image": (1, 128, 14, 13, 128, 3, 1, 1, 1),
     "3x3_stride": (1, 64, 13, 9, 136, 3, 2, 1, 1),
     "3x3_stride_even": (3, 8, 8, 10, 8, 3, 2, 1, 1),
+    "3x3_stride_odd": (1, 8, 17, 17, 8, 3, 2, 1, 1),  # its four parities have 2, 2, 2 and 1 tiles in dgrad
+    "3x3_stride_one_pixel": (2, 16, 1, 1, 16, 3, 2, 1, 1),
+    "3x3_stride_of_rows": (1, 16, 17, 13, 16, 3, (2, 1), 1, 1),
+    "1x1_stride_of_columns": (1, 8, 13, 17, 8, 1, (1, 2), 0, 1),
     "3x3_dilated": (3, 72, 7, 7, 64, 3, 1, 2, 2),
     "3x3_stride_dilated": (2, 32, 12, 12, 32, 3, 2, 2, 2),
     "3x3_no_padding": (2, 24, 6, 5, 8, 3, 1, 0, 1),
@@ -43,6 +47,7 @@ GEOMETRIES = {
     "tile_128x64": (2, 8, 96, 96, 64, 1, 1, 0, 1),
     "tile_128x128": (2, 16, 96, 96, 136, 3, 1, 1, 1),
     "tile_128x128_of_dgrad": (2, 136, 96, 96, 16, 1, 1, 0, 1),
+    "tile_128x64_stride": (2, 8, 99, 99, 8, 3, 2, 1, 1),
     "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
 }
 
@@ -350,6 +355,11 @@ def fprop(x, weight):
             lambda: ops.conv_dgrad(half(1, 8, 4, 4), None, None, half(8, 8, 1, 1), (5, 4), *ONE),
             ValueError,
             "grad: expected shape",
+        ),
+        (
+            lambda: ops.conv_wgrad(half(1, 8, 4, 4), None, None, half(2, 8, 4, 4), None, (1, 1), *ONE, torch.float32),
+            ValueError,
+            r"grad: expected shape \[2, 8, 4, 4\]",
         ),
         (
             lambda: ops.conv_wgrad(half(1, 8, 4, 4), None, None, half(1, 8, 4, 4), None, (1, 1), *ONE, torch.float64),

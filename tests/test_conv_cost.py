@@ -2,7 +2,6 @@
 # Copyright (c) the resnet_fused authors
 """What native convolutions and whole blocks cost, counted by the simulator: memory, tensor cores, shared memory."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_one_pass(sim_counters, name, which):
     passes = CountedPasses(*CONVOLUTIONS[name])
-    c = of_ours(sim_counters(functools.partial(passes.run, which)))[0]
+    c = of_ours(sim_counters(passes.call(which)))[0]
     assert c["shared_wavefronts"] == c["shared_ideal_wavefronts"]
 
     # Whole tiles are multiplied: at most what rounding both sides up to 128, and dgrad's four parities, may add.

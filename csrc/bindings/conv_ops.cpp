@@ -177,8 +177,8 @@ OutputGradient output_gradient(const Tensor& grad, const OptionalTensor& y, cons
 }
 
 void check_grad(const Tensor& grad, const ConvShape& s) {
-  TORCH_CHECK_VALUE(grad.size(1) == s.k && grad.size(2) == s.p && grad.size(3) == s.q, "grad: expected shape [", s.n,
-                    ", ", s.k, ", ", s.p, ", ", s.q, "], got ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.size(0) == s.n && grad.size(1) == s.k && grad.size(2) == s.p && grad.size(3) == s.q,
+                    "grad: expected shape [", s.n, ", ", s.k, ", ", s.p, ", ", s.q, "], got ", grad.sizes());
 }
 
 std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& y,

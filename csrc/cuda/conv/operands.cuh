@@ -290,7 +290,6 @@ class WeightRows {
   }
 
   __device__ void issue(unsigned char* stage) {
-    copies_.next();
     const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
@@ -326,7 +325,6 @@ class WeightColumns {
   }
 
   __device__ void issue(unsigned char* stage) {
-    copies_.next();
     const int tap = (gh_.first + walk_.h * gh_.every) * width_ + gw_.first + walk_.w * gw_.every;
     const int k = walk_.channel_tile * kTileK<T> + Copies::Dealt::row(0);
     const int offset = k * elements_ + tap * channels_ + channel_;

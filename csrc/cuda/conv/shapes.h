@@ -71,7 +71,7 @@ constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
 
 constexpr TileShape dgrad_tile(const ConvShape& s) { return choose_tile(int64_t{s.n} * s.h * s.w, s.c); }
 
-// Tiles of all sub-problems, one after the other.
+// Tiles of all sub-problems.
 constexpr int64_t dgrad_tiles(const ConvShape& s) {
   int64_t tiles = 0;
   for (int h = 0; h < s.stride_h; ++h) {
