@@ -27,7 +27,8 @@ def engine(name: str) -> Iterator[None]:
     Raises:
         ValueError: if ``name`` is none of these.
 
-    The choice is per thread (and per ``asyncio`` task). Backward follows the engine that forward used.
+    The choice is per thread (and per ``asyncio`` task). Backward follows the engine that forward used. What
+    ``torch.compile`` compiled follows the engine around its call; inside, ``torch.compile`` refuses to change it.
     """
     if name not in ENGINES:
         raise ValueError(f"engine: expected one of {ENGINES}, got {name!r}")

@@ -301,6 +301,7 @@ def convolution_backward(
     return grad_x, grad_weight
 
 
+_NATIVE_LIMITS: tuple[int, int, int, int] = _C.native_limits()  # read here, where torch.compile does not trace
 _NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -325,7 +326,7 @@ def native_reason(
 ) -> str | None:
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
     channels = (weight.shape[1], weight.shape[0])
-    multiple, most, taps, pixels = _C.native_limits()
+    multiple, most, taps, pixels = _NATIVE_LIMITS
     if reason := native_device_reason(x.device):
         return reason
     if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":

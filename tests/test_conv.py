@@ -420,6 +420,17 @@ def test_no_activation_between_native_convolutions(training):
     assert not {n for n in names if n.startswith("aten::") and "convolution" in n}
 
 
+def test_compiled_blocks_follow_the_engine():
+    block = rf.Bottleneck(32, 8).to("cuda", torch.float16, memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for engine in ("auto", "native", "auto"):
+        with rf.engine(engine):
+            names = launches(lambda: compiled(x).float().square().sum().backward())
+            assert ("resnet_fused::conv_fprop" in names) == (engine == "native")
+            assert torch.equal(compiled(x), block(x))
+
+
 def test_identity_without_relu_and_frozen_parts():
     """The paths on which a gradient is added unmasked, or nobody asks for one."""
     for freeze in ("nothing", "input", "first", "weights"):
@@ -483,10 +494,10 @@ def test_what_is_not_native_says_why(monkeypatch):
         "taps": ops.native_reason(x, half(8, 16, 9, 9), *one),
         "device cpu": ops.native_reason(x.cpu(), half(8, 16, 1, 1), *one),
     }
-    *limits, pixels = ops._C.native_limits()
+    *limits, pixels = ops._NATIVE_LIMITS
     assert pixels > 2**30
     for most, padding in ((15, 0), (35, 1)):  # the input's pixels, or the output's
-        monkeypatch.setattr(ops._C, "native_limits", lambda most=most: (*limits, most))
+        monkeypatch.setattr(ops, "_NATIVE_LIMITS", (*limits, most))
         reasons[f"up to {most} pixels"] = ops.native_reason(x, half(8, 16, 1, 1), (1, 1), (padding,) * 2, (1, 1), 1)
     for part, reason in reasons.items():
         assert reason and part in reason
