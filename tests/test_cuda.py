@@ -166,10 +166,17 @@ BLOCKS = {
 }
 
 
+@pytest.fixture(params=["library", "native"])
+def dtype(request):
+    """Runs the test on an engine, in a dtype that it takes."""
+    with rf.engine(request.param):
+        yield torch.float16 if request.param == "native" else torch.float32
+
+
 @pytest.mark.parametrize("name", BLOCKS)
-def test_graph_of_a_training_step(name):
-    block = BLOCKS[name]().cuda().to(memory_format=torch.channels_last)
-    x = torch.randn(2, 16, 8, 8, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+def test_graph_of_a_training_step(name, dtype):
+    block = BLOCKS[name]().to("cuda", dtype, memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 8, 8).to("cuda", dtype, memory_format=torch.channels_last).requires_grad_()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -201,9 +208,9 @@ def test_graph_of_a_training_step(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_no_synchronisation(name):
-    block = BLOCKS[name]().cuda()
-    x = torch.randn(2, 16, 8, 8, device="cuda", requires_grad=True)
+def test_no_synchronisation(name, dtype):
+    block = BLOCKS[name]().to("cuda", dtype, memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 8, 8).to("cuda", dtype, memory_format=torch.channels_last).requires_grad_()
     gradient = torch.ones_like(block(x))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -277,15 +284,15 @@ def test_devices_that_differ():
         block(y)
 
 
-def test_second_device():
+def test_second_device(dtype):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     block = BLOCKS["bottleneck"]()
     x = torch.randn(2, 16, 6, 6)
     results = []
     for device in ("cuda:0", "cuda:1"):  # the current device stays 0
-        b = copy.deepcopy(block).to(device)
-        moved = x.to(device).requires_grad_()
+        b = copy.deepcopy(block).to(device, dtype)
+        moved = x.to(device, dtype, memory_format=torch.channels_last).requires_grad_()
         z = b(moved)
         z.square().sum().backward()
         assert z.device == moved.device
