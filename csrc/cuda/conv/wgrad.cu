@@ -22,9 +22,13 @@ struct Wgrad {
       kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) + ChannelTables::bytes(PrologueB::kTables, Tile::kN);
 };
 
+// Where the tile's would spill, fewer.
+template <class Tile, class PrologueA>
+inline constexpr int kBlocks = PrologueA::kSources == 2 ? Tile::kBlocks : 256 / Tile::kBlockThreads;
+
 // Grid: rows of tiles, columns of tiles, splits.
 template <class T, class Tile, class PrologueA, class PrologueB>
-__global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) wgrad_kernel(const WgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>) wgrad_kernel(const WgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
