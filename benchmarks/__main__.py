@@ -70,9 +70,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     not_native = ops.native_device_reason(device)
     if options.native is None:
         options.native = not_native is None
-    for option in ("native", "convolutions"):
-        if getattr(options, option) not in (None, False) and not_native:
-            parser.error(f"--{option}: {not_native}")
+    if options.native and not_native:
+        parser.error(f"--native: {not_native}")
+    if options.convolutions is not None and not_native:
+        parser.error(f"--convolutions: {not_native}")
     chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions)
     if not (options.depth or options.bottleneck) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
@@ -168,8 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         native=options.native,
         quick=quick,
     )
-    # What training scripts on a GPU do; eager takes part in it.
-    torch.backends.cudnn.benchmark = settings.device.type == "cuda"
+    if settings.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as training scripts do, for all contestants
     folder = options.output / report.slug(report.device_name(settings.device))
     start = time.perf_counter()
 

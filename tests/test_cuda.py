@@ -166,17 +166,25 @@ BLOCKS = {
 }
 
 
-@pytest.fixture(params=["library", "native"])
-def dtype(request):
-    """Runs the test on an engine, in a dtype that it takes."""
-    with rf.engine(request.param):
-        yield torch.float16 if request.param == "native" else torch.float32
+@pytest.fixture(
+    params=[
+        ("library", torch.float32, torch.contiguous_format),
+        ("library", torch.float32, torch.channels_last),
+        ("native", torch.float16, torch.channels_last),
+    ],
+    ids=lambda p: f"{p[0]}-{p[2]}",
+)
+def placement(request):
+    """Runs the test on an engine; what modules and activations are moved ``to``, for it to take them."""
+    engine, dtype, layout = request.param
+    with rf.engine(engine):
+        yield {"dtype": dtype, "memory_format": layout}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_graph_of_a_training_step(name, dtype):
-    block = BLOCKS[name]().to("cuda", dtype, memory_format=torch.channels_last)
-    x = torch.randn(2, 16, 8, 8).to("cuda", dtype, memory_format=torch.channels_last).requires_grad_()
+def test_graph_of_a_training_step(name, placement):
+    block = BLOCKS[name]().to("cuda", **placement)
+    x = torch.randn(2, 16, 8, 8).to("cuda", **placement).requires_grad_()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -208,9 +216,9 @@ def test_graph_of_a_training_step(name, dtype):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_no_synchronisation(name, dtype):
-    block = BLOCKS[name]().to("cuda", dtype, memory_format=torch.channels_last)
-    x = torch.randn(2, 16, 8, 8).to("cuda", dtype, memory_format=torch.channels_last).requires_grad_()
+def test_no_synchronisation(name, placement):
+    block = BLOCKS[name]().to("cuda", **placement)
+    x = torch.randn(2, 16, 8, 8).to("cuda", **placement).requires_grad_()
     gradient = torch.ones_like(block(x))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -284,15 +292,15 @@ def test_devices_that_differ():
         block(y)
 
 
-def test_second_device(dtype):
+def test_second_device(placement):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     block = BLOCKS["bottleneck"]()
     x = torch.randn(2, 16, 6, 6)
     results = []
     for device in ("cuda:0", "cuda:1"):  # the current device stays 0
-        b = copy.deepcopy(block).to(device, dtype)
-        moved = x.to(device, dtype, memory_format=torch.channels_last).requires_grad_()
+        b = copy.deepcopy(block).to(device, **placement)
+        moved = x.to(device, **placement).requires_grad_()
         z = b(moved)
         z.square().sum().backward()
         assert z.device == moved.device

@@ -4,6 +4,8 @@
 // The small kernels between two passes: tiles are merged, per-channel vectors come out. Warps read neighbouring
 // channels; the kLanes threads of a channel take every kLanes-th tile and are merged in their order. Many tiles are
 // merged twice: first by a block per group of them (merge_groups), then the groups.
+//
+// Reads every tile once, and each channel's parameters; writes each vector once, groups once more.
 #include "device/reduce.cuh"
 #include "device/types.cuh"
 #include "kernels.h"

@@ -18,7 +18,7 @@ inline constexpr int kChunkValues = kChunkBytes / static_cast<int>(sizeof(typena
 
 // The reduction's depth per stage is four chunks: two steps of an mma, whose depth is two chunks for every type.
 inline constexpr int kStageChunks = 4, kStageSteps = 2;
-// Stages in the ring: two are under way while one is multiplied. More would keep a second block from a multiprocessor.
+// Stages in the ring: two are under way while one is multiplied.
 inline constexpr int kStages = 3;
 template <class T>
 inline constexpr int kTileK = kStageChunks * kChunkValues<T>;
