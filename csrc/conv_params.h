@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// What crosses from the convolution operators to their kernels. Activations are NHWC, weights KRSC, both of one dtype:
-// BFloat16, Float16, or Float32, which is multiplied as TF32. "acc" is float.
+// What crosses from the convolution operators to their kernels. Activations are NHWC, weights KRSC, of one dtype:
+// BFloat16, Float16, or Float32, which CUDA multiplies as TF32. On the CPU weights may be Float32 beside any of them.
+// "acc" is float.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,14 @@
 
 namespace resnet_fused {
 
-// What shapes the native convolutions take.
-inline constexpr int64_t kChannelMultiple = 8;  // 16 bytes of 16-bit values; the same for float32
-inline constexpr int64_t kMostChannels = 2048;  // the prologue's tables have to fit into shared memory
-inline constexpr int64_t kMostTaps = 7;         // per dimension
-inline constexpr int64_t kMostPixels = (int64_t{1} << 31) - 1024;  // kernels count them in 32 bits, a stage too far
+// What shapes a device's native convolutions take.
+struct ConvLimits {
+  int64_t channel_multiple;
+  int64_t channels;
+  int64_t taps;  // per dimension
+  int64_t stride;
+  int64_t pixels;  // of all images
+};
 
 // A 2-d convolution by the names of the literature: x [N, H, W, C], weight [K, R, S, C], y [N, P, Q, K].
 struct ConvShape {
@@ -31,6 +35,7 @@ struct FpropParams {
   const void* x;
   const void* coefficients;  // null, or [4, C] acc: the convolution reads relu(scale*x + shift), padding stays 0
   const void* weight;
+  DType weight_dtype;
   const void* bias;  // null, or [K] acc
   void* y;
   void* statistics;  // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
@@ -52,6 +57,7 @@ struct DgradParams {
   DType dtype;
   OutputGradient grad;
   const void* weight;
+  DType weight_dtype;
   void* dx;
   const void* addend;  // null, or like dx: added
   // Null, or: dx is stopped where scale*y + shift, stored, is not above 0, and summed for y's batch norm.
@@ -71,16 +77,19 @@ struct WgradParams {
   DType dw_dtype;
 };
 
-// One device's convolutions. Every entry returns after the work is enqueued.
+// One device's convolutions. Every entry returns after the work is enqueued (CPU: done).
 struct ConvBackend {
-  int64_t (*fprop_tiles)(const ConvShape&);  // by shape alone, as dgrad's
-  int64_t (*dgrad_tiles)(const ConvShape&);
-  int64_t (*wgrad_workspace)(const ConvShape&, DType dw);  // floats
+  ConvLimits limits;
+  bool (*multiplies)(DType);                           // whether convolutions of this dtype are native here
+  int64_t (*fprop_tiles)(const ConvShape&, DType);     // by shape and dtype alone, as dgrad's
+  int64_t (*dgrad_tiles)(const ConvShape&, DType);
+  int64_t (*wgrad_workspace)(const ConvShape&, DType, DType dw);  // floats
   void (*fprop)(const FpropParams&);
   void (*dgrad)(const DgradParams&);
   void (*wgrad)(const WgradParams&);
 };
 
+const ConvBackend& cpu_conv_backend();
 #ifdef RESNET_FUSED_WITH_CUDA
 const ConvBackend& cuda_conv_backend();
 #endif

@@ -301,12 +301,19 @@ def convolution_backward(
     return grad_x, grad_weight
 
 
-_NATIVE_LIMITS: tuple[int, int, int, int] = _C.native_limits()  # read here, where torch.compile does not trace
-_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+# By device: a multiple of channels, at most so many, taps, stride, pixels. Read here, where torch.compile does not trace.
+_NATIVE_LIMITS: dict[str, tuple[int, int, int, int, int]] = {
+    device: _C.native_limits(device) for device in (("cpu", "cuda") if _WITH_CUDA else ("cpu",))
+}
+# What this processor multiplies; a GPU that has native convolutions at all multiplies every dtype of theirs.
+_CPU_MULTIPLIES = {dtype: _C.native_multiplies("cpu", name) for dtype, name in _NATIVE_DTYPES.items()}
 
 
 def native_device_reason(device: torch.device) -> str | None:
     """Why no convolution on ``device`` is native; None if some are."""
+    if device.type == "cpu":
+        return None if any(_CPU_MULTIPLIES.values()) else "this PyTorch has no microkernel for this processor"
     if device.type != "cuda" or not _WITH_CUDA:
         return f"no native convolutions for device {device}"
     if not torch.cuda.is_available():
@@ -326,13 +333,16 @@ def native_reason(
 ) -> str | None:
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
     channels = (weight.shape[1], weight.shape[0])
-    multiple, most, taps, pixels = _NATIVE_LIMITS
     if reason := native_device_reason(x.device):
         return reason
-    if x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
-        return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
+    multiple, most, taps, steps, pixels = _NATIVE_LIMITS[x.device.type]
     if x.dtype not in _NATIVE_DTYPES:
-        return f"dtype {x.dtype}; native are bfloat16, float16 and, as TF32, float32"
+        return f"dtype {x.dtype}; native are bfloat16, float16 and float32 (on a GPU as TF32)"
+    if x.device.type == "cpu":
+        if not _CPU_MULTIPLIES[x.dtype]:
+            return f"this processor or PyTorch has no microkernel for {x.dtype}"
+    elif x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
     if groups != 1:
@@ -341,8 +351,8 @@ def native_reason(
         return f"channels {channels}; native are multiples of {multiple} up to {most}"
     if max(weight.shape[2:]) > taps:
         return f"a filter of {tuple(weight.shape[2:])}; native are up to {taps} taps"
-    if max(stride) > 2:
-        return f"stride={tuple(stride)}; native are 1 and 2"
+    if max(stride) > steps:
+        return f"stride={tuple(stride)}; native are up to {steps}"
     if min(padding) < 0:
         return f"padding={tuple(padding)}"
     planes = (x.shape[2:], output_plane(x.shape[2:], weight.shape[2:], stride, padding, dilation))
@@ -551,7 +561,7 @@ def _empty_conv_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> 
 @_fake("conv_fprop")
 def _(x, coefficients, weight, bias, stride, padding, dilation):
     y = _empty_conv_output(x, weight, stride, padding, dilation)
-    tiles = _C.conv_tiles("fprop", *_conv_shape(x.shape, weight.shape, stride, padding, dilation))
+    tiles = _conv_tiles("fprop", x, x.shape, weight.shape, stride, padding, dilation)
     return y, x.new_empty((tiles, 3, weight.shape[0]), dtype=torch.float32)
 
 
@@ -560,8 +570,9 @@ def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation
     return _empty_conv_output(x, weight, stride, padding, dilation)
 
 
-def _conv_shape(x, weight, stride, padding, dilation) -> tuple[list[int], ...]:
-    return tuple([int(v) for v in values] for values in (x, weight, stride, padding, dilation))
+def _conv_tiles(pass_: str, like: Tensor, *sizes) -> int:
+    sizes = ([int(v) for v in values] for values in sizes)
+    return _C.conv_tiles(like.device.type, _NATIVE_DTYPES[like.dtype], pass_, *sizes)
 
 
 @_fake("conv_dgrad")
@@ -581,7 +592,7 @@ def _(
     shape = (grad.shape[0], weight.shape[1], *input_plane)
     tiles = 0
     if mask_y is not None:
-        tiles = _C.conv_tiles("dgrad", *_conv_shape(shape, weight.shape, stride, padding, dilation))
+        tiles = _conv_tiles("dgrad", grad, shape, weight.shape, stride, padding, dilation)
     dx = grad.new_empty(shape).contiguous(memory_format=torch.channels_last)
     return dx, grad.new_empty((tiles, 2, weight.shape[1]), dtype=torch.float32)
 

@@ -2,15 +2,13 @@
 // Copyright (c) the resnet_fused authors
 //
 // The batch norm vocabulary as operators: validate, allocate, fill the parameters, run the device's kernels.
-#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../cpu/memory_pool.h"
+#include "allocate.h"
 #include "backends.h"
 #include "checks.h"
 
@@ -37,10 +35,7 @@ at::TensorOptions acc_options(const Tensor& like, at::ScalarType acc) {
 
 // A new tensor of the layout that the kernels walk.
 Tensor empty_like(const Dense& dense) {
-  const Tensor& t = dense.tensor;
-  if (!t.device().is_cpu()) return at::empty_like(t, dense.format);
-  return at::detail::empty_generic(t.sizes(), &cpu::memory_pool(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                   t.scalar_type(), dense.format);
+  return empty_pooled(dense.tensor, dense.tensor.sizes(), dense.format);
 }
 
 bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The native convolutions as operators: validate, allocate, fill the parameters, run the device's kernels. There are
-// kernels for CUDA; elsewhere the library's convolutions serve.
+// The native convolutions as operators: validate, allocate, fill the parameters, run the device's kernels.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -11,14 +10,12 @@
 #include <tuple>
 
 #include "../conv_params.h"
-#include "backends.h"
+#include "allocate.h"
 #include "checks.h"
 #include "conv_ops.h"
 
 namespace resnet_fused {
 namespace {
-
-#ifdef RESNET_FUSED_WITH_CUDA
 
 using at::IntArrayRef;
 using at::Tensor;
@@ -31,14 +28,22 @@ Tensor conform(const Tensor& t) {
                                                                        : dense.clone(at::MemoryFormat::ChannelsLast);
 }
 
+const ConvBackend& backend_of(const Tensor& t) { return conv_backend_of(t.device().type()); }
+
+bool fits(int64_t channels, const ConvLimits& limits) {
+  return channels % limits.channel_multiple == 0 && channels > 0 && channels <= limits.channels;
+}
+
 void check_conv_activation(const Tensor& t, const char* name) {
   check_activation(t, name);
+  const ConvLimits& limits = backend_of(t).limits;
   TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, name, ": expected float32, bfloat16 or float16, got ",
                    t.scalar_type());
-  TORCH_CHECK_VALUE(t.size(1) % kChannelMultiple == 0 && t.size(1) > 0 && t.size(1) <= kMostChannels, name,
-                    ": expected a multiple of ", kChannelMultiple, " channels up to ", kMostChannels, ", got ",
-                    t.size(1));
-  TORCH_CHECK_VALUE(t.size(0) * t.size(2) * t.size(3) <= kMostPixels, name, ": expected at most ", kMostPixels,
+  TORCH_CHECK_NOT_IMPLEMENTED(backend_of(t).multiplies(dtype_of(t, name)), name, ": this processor or PyTorch has no ",
+                              "matrix products of ", t.scalar_type(), " for native convolutions");
+  TORCH_CHECK_VALUE(fits(t.size(1), limits), name, ": expected a multiple of ", limits.channel_multiple,
+                    " channels up to ", limits.channels, ", got ", t.size(1));
+  TORCH_CHECK_VALUE(t.size(0) * t.size(2) * t.size(3) <= limits.pixels, name, ": expected at most ", limits.pixels,
                     " pixels, got ", t.sizes());
 }
 
@@ -47,6 +52,12 @@ void check_same(const Tensor& t, const char* name, const Tensor& like, const cha
                    like.scalar_type(), ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected the device of ", like_name, ", ", like.device(),
                     ", got ", t.device());
+}
+
+// Of x's dtype; on the CPU float32 as well, which is rounded to it.
+void check_weight(const Tensor& weight, const Tensor& x, const char* x_name) {
+  if (x.is_cpu() && weight.is_cpu() && weight.scalar_type() == at::kFloat) return;
+  check_same(weight, "weight", x, x_name);
 }
 
 int pair_at(IntArrayRef values, int i, const char* name, int64_t least, int64_t most) {
@@ -62,27 +73,28 @@ int64_t output_size(int64_t size, int pad, int dilation, int64_t filter, int str
 }
 
 // From the input's size [N, C, H, W] and the weight's.
-ConvShape conv_shape(IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+ConvShape conv_shape(const ConvLimits& limits, IntArrayRef x, IntArrayRef weight, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation) {
   TORCH_CHECK_VALUE(weight.size() == 4 && weight[1] == x[1], "weight: expected shape [K, ", x[1], ", R, S], got ",
                     weight);
-  TORCH_CHECK_VALUE(weight[0] % kChannelMultiple == 0 && weight[0] > 0 && weight[0] <= kMostChannels,
-                    "weight: expected a multiple of ", kChannelMultiple, " output channels up to ", kMostChannels,
-                    ", got ", weight[0]);
-  TORCH_CHECK_VALUE(weight[2] >= 1 && weight[3] >= 1 && weight[2] <= kMostTaps && weight[3] <= kMostTaps,
-                    "weight: expected 1 to ", kMostTaps, " taps, got shape ", weight);
+  TORCH_CHECK_VALUE(fits(weight[0], limits), "weight: expected a multiple of ", limits.channel_multiple,
+                    " output channels up to ", limits.channels, ", got ", weight[0]);
+  TORCH_CHECK_VALUE(weight[2] >= 1 && weight[3] >= 1 && weight[2] <= limits.taps && weight[3] <= limits.taps,
+                    "weight: expected 1 to ", limits.taps, " taps, got shape ", weight);
   constexpr int64_t kMost = 1 << 15;
   ConvShape s{};
   s.n = static_cast<int>(x[0]), s.c = static_cast<int>(x[1]);
   s.h = static_cast<int>(x[2]), s.w = static_cast<int>(x[3]);
   s.k = static_cast<int>(weight[0]), s.r = static_cast<int>(weight[2]), s.s = static_cast<int>(weight[3]);
-  s.stride_h = pair_at(stride, 0, "stride", 1, 2), s.stride_w = pair_at(stride, 1, "stride", 1, 2);
+  s.stride_h = pair_at(stride, 0, "stride", 1, limits.stride);
+  s.stride_w = pair_at(stride, 1, "stride", 1, limits.stride);
   s.pad_h = pair_at(padding, 0, "padding", 0, kMost), s.pad_w = pair_at(padding, 1, "padding", 0, kMost);
   s.dilation_h = pair_at(dilation, 0, "dilation", 1, kMost), s.dilation_w = pair_at(dilation, 1, "dilation", 1, kMost);
   const int64_t p = output_size(s.h, s.pad_h, s.dilation_h, s.r, s.stride_h);
   const int64_t q = output_size(s.w, s.pad_w, s.dilation_w, s.s, s.stride_w);
   TORCH_CHECK_VALUE(p >= 1 && q >= 1, "x: expected a plane of at least the filter's extent, got ", x, " for weight ",
                     weight);
-  TORCH_CHECK_VALUE(p * q * s.n <= kMostPixels, "x: expected at most ", kMostPixels, " output pixels, got ", x,
+  TORCH_CHECK_VALUE(p * q * s.n <= limits.pixels, "x: expected at most ", limits.pixels, " output pixels, got ", x,
                     " with padding ", padding);
   s.p = static_cast<int>(p), s.q = static_cast<int>(q);
   return s;
@@ -95,17 +107,15 @@ const void* table_of(const OptionalTensor& t, const char* name, int64_t rows, in
 }
 
 Tensor empty_activation(const Tensor& like, int64_t channels, int64_t height, int64_t width) {
-  return at::empty({like.size(0), channels, height, width},
-                   like.options().memory_format(at::MemoryFormat::ChannelsLast));
+  return empty_pooled(like, {like.size(0), channels, height, width}, at::MemoryFormat::ChannelsLast);
 }
-
-const ConvBackend& backend() { return cuda_conv_backend(); }
 
 FpropParams fprop_params(const Tensor& x, const OptionalTensor& coefficients, const Tensor& weight, IntArrayRef stride,
                          IntArrayRef padding, IntArrayRef dilation) {
   FpropParams p{};
-  p.shape = conv_shape(x.sizes(), weight.sizes(), stride, padding, dilation);
+  p.shape = conv_shape(backend_of(x).limits, x.sizes(), weight.sizes(), stride, padding, dilation);
   p.dtype = dtype_of(x, "x");
+  p.weight_dtype = dtype_of(weight, "weight");
   p.x = x.const_data_ptr();
   p.coefficients = table_of(coefficients, "coefficients", kCoefficientRows, x.size(1), x);
   p.weight = weight.const_data_ptr();
@@ -116,7 +126,7 @@ std::tuple<Tensor, Tensor> conv_fprop(const Tensor& x, const OptionalTensor& coe
                                       const OptionalTensor& bias, IntArrayRef stride, IntArrayRef padding,
                                       IntArrayRef dilation) {
   check_conv_activation(x, "x");
-  check_same(weight, "weight", x, "x");
+  check_weight(weight, x, "x");
   const Tensor dense_x = conform(x), dense_weight = conform(weight);
   FpropParams p = fprop_params(dense_x, coefficients, dense_weight, stride, padding, dilation);
   const ConvShape& s = p.shape;
@@ -129,11 +139,11 @@ std::tuple<Tensor, Tensor> conv_fprop(const Tensor& x, const OptionalTensor& coe
   }
   Tensor y = empty_activation(x, s.k, s.p, s.q);
   if (y.numel() == 0) return {y, at::zeros({1, kStatisticsRows, s.k}, x.options().dtype(at::kFloat))};
-  Tensor statistics = at::empty({backend().fprop_tiles(s), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
+  Tensor statistics = at::empty({backend_of(x).fprop_tiles(s, p.dtype), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
   p.y = y.data_ptr();
   p.statistics = statistics.data_ptr();
   const c10::DeviceGuard guard(x.device());
-  backend().fprop(p);
+  backend_of(x).fprop(p);
   return {y, statistics};
 }
 
@@ -141,7 +151,7 @@ Tensor conv_fprop_inference(const Tensor& x, const OptionalTensor& coefficients,
                             const Tensor& affine, const OptionalTensor& shortcut, bool relu, IntArrayRef stride,
                             IntArrayRef padding, IntArrayRef dilation) {
   check_conv_activation(x, "x");
-  check_same(weight, "weight", x, "x");
+  check_weight(weight, x, "x");
   const Tensor dense_x = conform(x), dense_weight = conform(weight);
   FpropParams p = fprop_params(dense_x, coefficients, dense_weight, stride, padding, dilation);
   const ConvShape& s = p.shape;
@@ -156,7 +166,7 @@ Tensor conv_fprop_inference(const Tensor& x, const OptionalTensor& coefficients,
   if (z.numel() == 0) return z;
   p.y = z.data_ptr();
   const c10::DeviceGuard guard(x.device());
-  backend().fprop(p);
+  backend_of(x).fprop(p);
   return z;
 }
 
@@ -187,7 +197,7 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& 
                                       IntArrayRef dilation, const OptionalTensor& addend, const OptionalTensor& mask_y,
                                       const OptionalTensor& mask_coefficients) {
   check_conv_activation(grad, "grad");
-  check_same(weight, "weight", grad, "grad");
+  check_weight(weight, grad, "grad");
   TORCH_CHECK_VALUE(weight.dim() == 4, "weight: expected [K, C, R, S], got ", weight.sizes());
   TORCH_CHECK_VALUE(input_plane.size() == 2, "input_plane: expected two integers, got ", input_plane);
   Tensor dx = empty_activation(grad, weight.size(1), input_plane[0], input_plane[1]);
@@ -195,9 +205,10 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& 
   const Tensor dense_grad = conform(grad), dense_weight = conform(weight);
   Tensor y_storage, dense_addend, dense_mask_y;
   DgradParams p{};
-  p.shape = conv_shape(dx.sizes(), weight.sizes(), stride, padding, dilation);
+  p.shape = conv_shape(backend_of(grad).limits, dx.sizes(), weight.sizes(), stride, padding, dilation);
   check_grad(grad, p.shape);
   p.dtype = dtype_of(grad, "grad");
+  p.weight_dtype = dtype_of(weight, "weight");
   p.grad = output_gradient(dense_grad, y, backward_coefficients, y_storage);
   p.weight = dense_weight.const_data_ptr();
   p.dx = dx.data_ptr();
@@ -209,7 +220,7 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& 
   const bool masked = mask_y.has_value() && mask_y->defined();
   TORCH_CHECK_VALUE(masked == (mask_coefficients.has_value() && mask_coefficients->defined()),
                     "mask_y, mask_coefficients: expected both or neither");
-  Tensor sums = at::empty({masked ? backend().dgrad_tiles(p.shape) : 0, 2, p.shape.c},
+  Tensor sums = at::empty({masked ? backend_of(grad).dgrad_tiles(p.shape, p.dtype) : 0, 2, p.shape.c},
                           grad.options().dtype(at::kFloat).memory_format(std::nullopt));
   if (masked) {
     check_like(*mask_y, "mask_y", dx, "the input");
@@ -220,7 +231,7 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& 
   }
   if (dx.numel() == 0) return {dx, sums};
   const c10::DeviceGuard guard(grad.device());
-  backend().dgrad(p);
+  backend_of(grad).dgrad(p);
   return {dx, sums};
 }
 
@@ -238,7 +249,7 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   const Tensor dense_grad = conform(grad), dense_x = conform(x);
   Tensor y_storage;
   WgradParams p{};
-  p.shape = conv_shape(x.sizes(), dw.sizes(), stride, padding, dilation);
+  p.shape = conv_shape(backend_of(x).limits, x.sizes(), dw.sizes(), stride, padding, dilation);
   check_grad(grad, p.shape);
   if (grad.numel() == 0) return dw.zero_();
   p.dtype = dtype_of(x, "x");
@@ -247,33 +258,44 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   p.coefficients = table_of(coefficients, "coefficients", kCoefficientRows, x.size(1), x);
   p.dw = dw.data_ptr();
   p.dw_dtype = dtype_of(dw, "dtype");
-  const Tensor workspace = at::empty({backend().wgrad_workspace(p.shape, p.dw_dtype)}, x.options().dtype(at::kFloat));
+  const int64_t floats = backend_of(x).wgrad_workspace(p.shape, p.dtype, p.dw_dtype);
+  const Tensor workspace = empty_pooled(x.options().dtype(at::kFloat), {floats}, at::MemoryFormat::Contiguous);
   p.workspace = workspace.data_ptr<float>();
   const c10::DeviceGuard guard(x.device());
-  backend().wgrad(p);
+  backend_of(x).wgrad(p);
   return dw;
 }
 
-#endif  // RESNET_FUSED_WITH_CUDA
-
 }  // namespace
 
+const ConvBackend& conv_backend_of(c10::DeviceType device) {
+  if (device == c10::DeviceType::CPU) return cpu_conv_backend();
 #ifdef RESNET_FUSED_WITH_CUDA
-int64_t conv_tiles(const std::string& pass, IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding,
-                   IntArrayRef dilation) {
-  TORCH_CHECK_VALUE(pass == "fprop" || pass == "dgrad", "pass: expected 'fprop' or 'dgrad', got '", pass, "'");
-  const ConvShape shape = conv_shape(x, weight, stride, padding, dilation);
-  return pass == "fprop" ? backend().fprop_tiles(shape) : backend().dgrad_tiles(shape);
-}
+  if (device == c10::DeviceType::CUDA) return cuda_conv_backend();
 #endif
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "resnet_fused was built without native convolutions for device ", device);
+}
 
-#ifdef RESNET_FUSED_WITH_CUDA
-TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) {
+int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass, IntArrayRef x, IntArrayRef weight,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  TORCH_CHECK_VALUE(pass == "fprop" || pass == "dgrad", "pass: expected 'fprop' or 'dgrad', got '", pass, "'");
+  const ConvBackend& backend = conv_backend_of(device);
+  const ConvShape shape = conv_shape(backend.limits, x, weight, stride, padding, dilation);
+  return pass == "fprop" ? backend.fprop_tiles(shape, dtype) : backend.dgrad_tiles(shape, dtype);
+}
+
+namespace {
+void register_for_device(torch::Library& m) {
   m.impl("conv_fprop", conv_fprop);
   m.impl("conv_fprop_inference", conv_fprop_inference);
   m.impl("conv_dgrad", conv_dgrad);
   m.impl("conv_wgrad", conv_wgrad);
 }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { register_for_device(m); }
+#ifdef RESNET_FUSED_WITH_CUDA
+TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_for_device(m); }
 #endif
 
 // As the rest of the vocabulary, without a derivative of their own.

@@ -4,18 +4,22 @@
 // What the Python module tells about the native convolutions.
 #pragma once
 
+#include <c10/core/DeviceType.h>
 #include <c10/util/ArrayRef.h>
 
 #include <cstdint>
 #include <string>
 
+#include "../conv_params.h"
+
 namespace resnet_fused {
 
-#ifdef RESNET_FUSED_WITH_CUDA
+// Raises NotImplementedError for a device without.
+const ConvBackend& conv_backend_of(c10::DeviceType device);
+
 // How many tiles conv_fprop's statistics ("fprop") or conv_dgrad's sums ("dgrad") have; sizes [N, C, H, W] and
 // [K, C, R, S].
-int64_t conv_tiles(const std::string& pass, at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef stride,
-                   at::IntArrayRef padding, at::IntArrayRef dilation);
-#endif
+int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass, at::IntArrayRef x,
+                   at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
 
 }  // namespace resnet_fused

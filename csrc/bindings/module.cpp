@@ -50,6 +50,32 @@ int64_t reduction_tiles(const std::string& device, int64_t outer, int64_t channe
   return resnet_fused::backend_of(c10::Device(device).type()).reduction_tiles({outer, channels, inner});
 }
 
+// What a device's native convolutions take: a multiple of channels, at most so many, taps, stride, pixels.
+std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t> native_limits(const std::string& device) {
+  const resnet_fused::ConvLimits& l = resnet_fused::conv_backend_of(c10::Device(device).type()).limits;
+  return {l.channel_multiple, l.channels, l.taps, l.stride, l.pixels};
+}
+
+resnet_fused::DType dtype_named(const std::string& name) {
+  using resnet_fused::DType;
+  if (name == "float32") return DType::Float32;
+  if (name == "bfloat16") return DType::BFloat16;
+  if (name == "float16") return DType::Float16;
+  throw py::value_error("dtype: expected 'float32', 'bfloat16' or 'float16', got '" + name + "'");
+}
+
+bool native_multiplies(const std::string& device, const std::string& dtype) {
+  return resnet_fused::conv_backend_of(c10::Device(device).type()).multiplies(dtype_named(dtype));
+}
+
+using Sizes = std::vector<int64_t>;
+
+int64_t conv_tiles(const std::string& device, const std::string& dtype, const std::string& pass, const Sizes& x,
+                   const Sizes& weight, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
+  return resnet_fused::conv_tiles(c10::Device(device).type(), dtype_named(dtype), pass, x, weight, stride, padding,
+                                  dilation);
+}
+
 py::dict memory_pool_state() {
   const resnet_fused::cpu::PoolState state = resnet_fused::cpu::memory_pool_state();
   py::dict result;
@@ -68,16 +94,9 @@ struct PoolingContext {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("reduction_tiles", &reduction_tiles);
-  m.def("native_limits", [] {
-    using namespace resnet_fused;
-    return std::tuple(kChannelMultiple, kMostChannels, kMostTaps, kMostPixels);
-  });
-#ifdef RESNET_FUSED_WITH_CUDA
-  using Sizes = std::vector<int64_t>;
-  m.def("conv_tiles",
-        [](const std::string& pass, const Sizes& x, const Sizes& weight, const Sizes& stride, const Sizes& padding,
-           const Sizes& dilation) { return resnet_fused::conv_tiles(pass, x, weight, stride, padding, dilation); });
-#endif
+  m.def("native_limits", &native_limits);
+  m.def("native_multiplies", &native_multiplies);
+  m.def("conv_tiles", &conv_tiles);
   m.def("memory_pool_state", &memory_pool_state);
   m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);
   py::class_<PoolingContext>(m, "Pooling")

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "conv/kernels.h"
 #include "kernels.h"
 
 namespace resnet_fused::cpu {
@@ -19,6 +20,7 @@ namespace {
 
 struct Choice {
   const Kernels* kernels;
+  const ConvKernels* conv_kernels;
   const char* name;
 };
 
@@ -26,9 +28,11 @@ struct Choice {
 const Choice& choice() {
   static const Choice chosen = []() -> Choice {
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512" && kernels_avx512.apply) return {&kernels_avx512, "avx512"};
-    if ((capability == "AVX512" || capability == "AVX2") && kernels_avx2.apply) return {&kernels_avx2, "avx2"};
-    return {&kernels_baseline, "baseline"};
+    if (capability == "AVX512" && kernels_avx512.apply) return {&kernels_avx512, &conv_kernels_avx512, "avx512"};
+    if ((capability == "AVX512" || capability == "AVX2") && kernels_avx2.apply) {
+      return {&kernels_avx2, &conv_kernels_avx2, "avx2"};
+    }
+    return {&kernels_baseline, &conv_kernels_baseline, "baseline"};
   }();
   return chosen;
 }
@@ -223,6 +227,8 @@ void relu_backward_add(const ReluBackwardAddParams& p) { for_slices(p, kernels()
 }  // namespace
 
 const char* instruction_set() { return choice().name; }
+
+const ConvKernels& conv_kernels() { return *choice().conv_kernels; }
 
 }  // namespace resnet_fused::cpu
 

@@ -8,65 +8,10 @@
 // Data movement: every kernel reads each input once and writes each output once. Statistics read a strip of a
 // few kilobytes twice (mean, then squared deviations), the second time from the first-level cache.
 
+#include "storage.inl"
+
 namespace resnet_fused::cpu {
 namespace {
-
-// ---- storage types ---------------------------------------------------------------------------------------------
-
-template <class To, class From>
-inline To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  return __builtin_bit_cast(To, from);
-}
-
-// A storage type T names its accumulation type, and converts from and to it.
-struct Float64 {
-  using Value = double;
-  using Acc = double;
-  static inline Acc load(Value v) { return v; }
-  static inline Value store(Acc v) { return v; }
-};
-
-struct Float32 {
-  using Value = float;
-  using Acc = float;
-  static inline Acc load(Value v) { return v; }
-  static inline Value store(Acc v) { return v; }
-};
-
-struct BFloat16 {
-  using Value = uint16_t;
-  using Acc = float;
-  static inline Acc load(Value v) { return bit_cast<float>(static_cast<uint32_t>(v) << 16); }
-  static inline Value store(Acc v) {  // round to nearest, ties to even
-    const uint32_t bits = bit_cast<uint32_t>(v);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<Value>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-};
-
-struct Float16 {
-  using Value = uint16_t;
-  using Acc = float;
-  static inline Acc load(Value v) {
-    const uint32_t magnitude = (v & 0x7fffu) << 13;
-    // The exponent bias differs by 127 - 15 = 112; multiplying by 2^112 also normalises denormals.
-    const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-    const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
-    return bit_cast<float>(bits | (static_cast<uint32_t>(v & 0x8000u) << 16));
-  }
-  static inline Value store(Acc v) {  // round to nearest, ties to even
-    const uint32_t bits = bit_cast<uint32_t>(v);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Adding 0.5 puts the denormal's last bit at the last bit of a float: the addition rounds.
-    const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-    const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    return static_cast<Value>((magnitude >= 0x47800000u ? special : finite) | sign);
-  }
-};
 
 // ---- loops over a dense tensor ---------------------------------------------------------------------------------
 

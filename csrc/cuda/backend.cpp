@@ -78,9 +78,11 @@ const Backend& cuda_backend() {
 
 const ConvBackend& cuda_conv_backend() {
   static const ConvBackend backend = {
-      cuda::fprop_tiles,
-      cuda::dgrad_tiles,
-      cuda::wgrad_workspace,
+      cuda::kConvLimits,
+      [](DType dtype) { return dtype != DType::Float64; },
+      [](const ConvShape& s, DType) { return cuda::fprop_tiles(s); },
+      [](const ConvShape& s, DType) { return cuda::dgrad_tiles(s); },
+      [](const ConvShape& s, DType, DType dw) { return cuda::wgrad_workspace(s, dw); },
       cuda::on_current_stream<cuda::fprop, FpropParams>,
       cuda::on_current_stream<cuda::dgrad, DgradParams>,
       cuda::on_current_stream<cuda::wgrad, WgradParams>,

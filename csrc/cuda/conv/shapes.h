@@ -12,6 +12,12 @@
 
 namespace resnet_fused::cuda {
 
+// What shapes the kernels take. Channels: 16 bytes of 16-bit values, the same for float32; the prologue's tables have to
+// fit into shared memory. Kernels count pixels in 32 bits, a stage too far.
+inline constexpr int64_t kMostChannels = 2048;
+inline constexpr ConvLimits kConvLimits = {
+    .channel_multiple = 8, .channels = kMostChannels, .taps = 7, .stride = 2, .pixels = (int64_t{1} << 31) - 1024};
+
 // Rows and columns of the output per block.
 enum class TileShape : int { k128x128, k128x64, k64x64 };
 

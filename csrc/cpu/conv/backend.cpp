@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+//
+// The CPU's native convolutions: which algorithm computes a shape, and the memory it needs.
+#include "direct.h"
+#include "operand.h"
+#include "scratch.h"
+#include "wgrad.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+DirectPlan fprop_plan(const ConvShape& s, DType dtype) {
+  return plan_fprop(s, static_cast<int>(bytes_of(dtype)), microkernel(dtype).pairs);
+}
+
+DirectPlan dgrad_plan(const ConvShape& s, DType dtype) {
+  return plan_dgrad(s, static_cast<int>(bytes_of(dtype)), microkernel(dtype).pairs);
+}
+
+bool multiplies(DType dtype) { return microkernel(dtype).available; }
+
+int64_t fprop_tiles(const ConvShape& s, DType dtype) { return fprop_plan(s, dtype).chunks; }
+
+int64_t dgrad_tiles(const ConvShape& s, DType dtype) { return dgrad_plan(s, dtype).chunks; }
+
+void fprop(const FpropParams& p) {
+  const Microkernel& kernel = microkernel(p.dtype);
+  const DirectPlan plan = fprop_plan(p.shape, p.dtype);
+  const Scratch packed(packed_bytes(plan, p.dtype));
+  pack_weights(plan, p.shape, true, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
+  const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
+  run_direct(plan, source, kernel, packed.at(), Results(p));
+}
+
+void dgrad(const DgradParams& p) {
+  const Microkernel& kernel = microkernel(p.dtype);
+  const DirectPlan plan = dgrad_plan(p.shape, p.dtype);
+  const Scratch packed(packed_bytes(plan, p.dtype));
+  pack_weights(plan, p.shape, false, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
+  const Operand source = gradient_operand(p.dtype, p.shape.k, p.grad);
+  run_direct(plan, source, kernel, packed.at(), Results(p));
+}
+
+int64_t workspace(const ConvShape& s, DType dtype, DType) { return wgrad_workspace(s, dtype); }
+
+void wgrad(const WgradParams& p) { run_wgrad(p, microkernel(p.dtype)); }
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
+namespace resnet_fused {
+
+const ConvBackend& cpu_conv_backend() {
+  static const ConvBackend backend = {
+      {.channel_multiple = 1, .channels = 1 << 16, .taps = 255, .stride = 255, .pixels = (int64_t{1} << 31) - 1024},
+      cpu::multiplies,
+      cpu::fprop_tiles,
+      cpu::dgrad_tiles,
+      cpu::workspace,
+      cpu::fprop,
+      cpu::dgrad,
+      cpu::wgrad,
+  };
+  return backend;
+}
+
+}  // namespace resnet_fused
