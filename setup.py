@@ -43,6 +43,7 @@ CPP_SOURCES = [
     "csrc/cpu/conv/results.cpp",
     "csrc/cpu/conv/wgrad.cpp",
     "csrc/cpu/conv/wgrad_plan.cpp",
+    "csrc/cpu/conv/winograd.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/backend.cpp",

@@ -6,6 +6,7 @@
 #include "operand.h"
 #include "scratch.h"
 #include "wgrad.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -20,27 +21,36 @@ DirectPlan dgrad_plan(const ConvShape& s, DType dtype) {
 
 bool multiplies(DType dtype) { return microkernel(dtype).available; }
 
-int64_t fprop_tiles(const ConvShape& s, DType dtype) { return fprop_plan(s, dtype).chunks; }
+int64_t fprop_tiles(const ConvShape& s, DType dtype) {
+  return winograd_applies(s, dtype) ? plan_winograd(s, true).chunks : fprop_plan(s, dtype).chunks;
+}
 
-int64_t dgrad_tiles(const ConvShape& s, DType dtype) { return dgrad_plan(s, dtype).chunks; }
+int64_t dgrad_tiles(const ConvShape& s, DType dtype) {
+  return winograd_applies(s, dtype) ? plan_winograd(s, false).chunks : dgrad_plan(s, dtype).chunks;
+}
+
+// fprop or dgrad, whose parameters name their parts alike.
+template <class Params>
+void convolve(const Params& p, bool forward, const Operand& source) {
+  const Microkernel& kernel = microkernel(p.dtype);
+  if (winograd_applies(p.shape, p.dtype)) {
+    const WinogradPlan plan = plan_winograd(p.shape, forward);
+    const Scratch packed(plan.packed_floats() * 4);
+    transform_weights(plan, p.shape, forward, p.weight, p.weight_dtype, packed.at<float>());
+    run_winograd(plan, source, kernel, packed.at<float>(), Results(p));
+    return;
+  }
+  const DirectPlan plan = forward ? fprop_plan(p.shape, p.dtype) : dgrad_plan(p.shape, p.dtype);
+  const Scratch packed(packed_bytes(plan, p.dtype));
+  pack_weights(plan, p.shape, forward, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
+  run_direct(plan, source, kernel, packed.at(), Results(p));
+}
 
 void fprop(const FpropParams& p) {
-  const Microkernel& kernel = microkernel(p.dtype);
-  const DirectPlan plan = fprop_plan(p.shape, p.dtype);
-  const Scratch packed(packed_bytes(plan, p.dtype));
-  pack_weights(plan, p.shape, true, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
-  const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
-  run_direct(plan, source, kernel, packed.at(), Results(p));
+  convolve(p, true, activation_operand(p.dtype, p.shape.c, p.x, p.coefficients));
 }
 
-void dgrad(const DgradParams& p) {
-  const Microkernel& kernel = microkernel(p.dtype);
-  const DirectPlan plan = dgrad_plan(p.shape, p.dtype);
-  const Scratch packed(packed_bytes(plan, p.dtype));
-  pack_weights(plan, p.shape, false, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
-  const Operand source = gradient_operand(p.dtype, p.shape.k, p.grad);
-  run_direct(plan, source, kernel, packed.at(), Results(p));
-}
+void dgrad(const DgradParams& p) { convolve(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
 int64_t workspace(const ConvShape& s, DType dtype, DType) { return wgrad_workspace(s, dtype); }
 

@@ -77,6 +77,14 @@ struct WeightPanel {
   void* out;
 };
 
+// Sixteen rows of the depth of a 3x3 filter's panel, transformed: G g G' as 16 matrices, `out_pitch` values apart.
+struct WinogradWeights {
+  WeightPanel panel;
+  int64_t tap_pitch;  // between the filter's taps
+  bool flipped;       // the last tap first
+  int64_t out_pitch;
+};
+
 // Rows [rows, columns] of wgrad's sums, added over the splits, as part of dw: element (row, column) at
 // row*row_step + column*column_step, of which one is 1. At most 16 rows.
 struct WeightGradient {
@@ -103,6 +111,14 @@ struct ConvKernels {
                           int64_t width, PanelSums* sums);
   void (*pack)(const WeightPanel&);
   void (*finish_weights)(const WeightGradient&);
+  // Winograd's transformations of a row of tiles, float32, channels in multiples of 16. B'dB of 4x4 pixels, tiles two
+  // columns apart: out[i*out_pitch + tile*channels + c].
+  void (*winograd_source)(const float* source, int64_t row_pitch, int64_t channels, int64_t tiles, float* out,
+                          int64_t out_pitch);
+  // A'mA of the 16 products m[i*pitch + tile*kPanel + c], c < width: two rows of results, `row_pitch` apart.
+  void (*winograd_results)(const float* products, int64_t pitch, int64_t width, int64_t tiles, float* out,
+                           int64_t row_pitch);
+  void (*winograd_weights)(const WinogradWeights&);
 };
 
 extern const ConvKernels conv_kernels_baseline;

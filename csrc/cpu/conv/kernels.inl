@@ -353,9 +353,106 @@ void finish_weights(const WeightGradient& g) {
   dispatch_conv_dtype(g.dtype, [&](auto t) { finish_weight_rows<decltype(t)>(g); });
 }
 
+// ---- Winograd --------------------------------------------------------------------------------------------------
+
+using V16 = Float<16>;
+
+// B' x of four values: (x0 - x2, x1 + x2, x2 - x1, x1 - x3).
+struct Four {
+  V16 v[4];
+};
+
+RESNET_FUSED_INLINE Four source_column(const V16& x0, const V16& x1, const V16& x2, const V16& x3) {
+  return {{x0 - x2, x1 + x2, x2 - x1, x1 - x3}};
+}
+
+void winograd_source(const float* source, int64_t row_pitch, int64_t channels, int64_t tiles, float* out,
+                     int64_t out_pitch) {
+  for (int64_t c = 0; c < channels; c += 16) {
+    const float* column = source + c;
+    const auto next = [&] {
+      const V16 x0 = load_raw<V16>(column), x1 = load_raw<V16>(column + row_pitch);
+      const V16 x2 = load_raw<V16>(column + 2 * row_pitch), x3 = load_raw<V16>(column + 3 * row_pitch);
+      column += channels;
+      return source_column(x0, x1, x2, x3);
+    };
+    Four first = next(), second = next();  // neighbouring tiles share two columns
+    float* to = out + c;
+    for (int64_t tile = 0; tile < tiles; ++tile, to += channels) {
+      const Four third = next(), fourth = next();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Four row = source_column(first.v[i], second.v[i], third.v[i], fourth.v[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_raw(to + (4 * i + j) * out_pitch, row.v[j]);
+      }
+      first = third, second = fourth;
+    }
+  }
+}
+
+void winograd_results(const float* products, int64_t pitch, int64_t width, int64_t tiles, float* out,
+                      int64_t row_pitch) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t c = 0; c < width; c += 16) {
+      const float* m = products + tile * kPanel + c;
+      V16 sums[2][4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const V16 m0 = load_raw<V16>(m + j * pitch), m1 = load_raw<V16>(m + (4 + j) * pitch);
+        const V16 m2 = load_raw<V16>(m + (8 + j) * pitch), m3 = load_raw<V16>(m + (12 + j) * pitch);
+        sums[0][j] = m0 + m1 + m2, sums[1][j] = m1 - m2 - m3;
+      }
+      float* to = out + 2 * tile * kPanel + c;
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const V16* s = sums[i];
+        store_raw(to + i * row_pitch, s[0] + s[1] + s[2]);
+        store_raw(to + i * row_pitch + kPanel, s[1] - s[2] - s[3]);
+      }
+    }
+  }
+}
+
+// G x of three values: (x0, (x0 + x1 + x2)/2, (x0 - x1 + x2)/2, x2).
+RESNET_FUSED_INLINE Four filter_column(const V16& x0, const V16& x1, const V16& x2) {
+  const V16 ends = 0.5f * (x0 + x2), middle = 0.5f * x1;
+  return {{x0, ends + middle, ends - middle, x2}};
+}
+
+template <class From>
+void transform_panel(const WinogradWeights& w) {
+  WeightPanel tap = w.panel;
+  const auto* weight = static_cast<const typename From::Value*>(w.panel.weight);
+  const int64_t width = (w.panel.width + 15) / 16 * 16;
+  for (int64_t n = 0; n < width; n += 16) {
+    V16 taps[9][16];
+    for (int t = 0; t < 9; ++t) {
+      tap.weight = weight + (w.flipped ? 8 - t : t) * w.tap_pitch;
+      read_weights<From>(tap, n, 0, taps[t]);
+    }
+    for (int d = 0; d < 16; ++d) {
+      const Four columns[3] = {filter_column(taps[0][d], taps[3][d], taps[6][d]),
+                               filter_column(taps[1][d], taps[4][d], taps[7][d]),
+                               filter_column(taps[2][d], taps[5][d], taps[8][d])};
+      float* out = static_cast<float*>(w.panel.out) + d * kPanel + n;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Four row = filter_column(columns[0].v[i], columns[1].v[i], columns[2].v[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_raw(out + (4 * i + j) * w.out_pitch, row.v[j]);
+      }
+    }
+  }
+}
+
+void winograd_weights(const WinogradWeights& w) {
+  dispatch_conv_dtype(w.panel.from, [&](auto from) { transform_panel<decltype(from)>(w); });
+}
+
 }  // namespace
 
 const ConvKernels RESNET_FUSED_CONV_KERNELS = {load, load_transposed, load_pairs, finish_forward, finish_backward, pack,
-                                               finish_weights};
+                                               finish_weights,  winograd_source, winograd_results, winograd_weights};
 
 }  // namespace resnet_fused::cpu

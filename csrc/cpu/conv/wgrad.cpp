@@ -15,7 +15,10 @@
 namespace resnet_fused::cpu {
 namespace {
 
+constexpr int64_t kDepthMultiple = 32;
+constexpr int64_t kMix = 7919;   // a prime, larger than the number of tasks
 constexpr int64_t kPieces = 16;  // of a group's rows, spread over threads
+static_assert(kDepthMultiple <= kWgradSlack);
 constexpr int64_t kDepth = 512;  // positions of one product: its operands stay in the second-level cache
 
 class Wgrad {
@@ -52,7 +55,7 @@ class Wgrad {
 
  private:
   int64_t transposed_bytes() const { return align(plan_.rows_channels * plan_.row_length * value_bytes_ + 64); }
-  int64_t straight_bytes() const { return align((plan_.positions + 2) * plan_.padded_columns * value_bytes_); }
+  int64_t straight_bytes() const { return align((plan_.positions + kDepthMultiple) * plan_.padded_columns * value_bytes_); }
 
   // Groups in turn; their operands are laid out by all threads, then multiplied by all.
   void run_by_tiles() const {
@@ -66,9 +69,12 @@ class Wgrad {
     clear(straight, straight_bytes());
     if (!plan_.swapped) clear(transposed, transposed_bytes());
     for (int64_t group = 0; group < plan_.groups; ++group) {
-      // Tiles of channels of the one operand, then pieces of the other's rows.
-      at::parallel_for(0, row_tiles + pieces, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+      // Tiles of channels of the one operand and pieces of the other's rows, in an order that mixes them: each thread gets
+      // a range.
+      const int64_t tasks = row_tiles + pieces;
+      at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+          const int64_t i = index * kMix % tasks;
           if (i < row_tiles) {
             const int64_t first = i * kPanel;
             lay_transposed(group, first, std::min<int64_t>(kPanel, plan_.rows_channels - first), transposed);
@@ -127,14 +133,16 @@ class Wgrad {
     return {group / per_image, first, std::min<int64_t>(plan_.rows_per_group, shape_.p - first)};
   }
 
-  // Positions of a group in use: those of whole images behind the last one are not.
+  // Positions of a group in use, those of whole images behind the last one are not; up to kDepthMultiple, since the
+  // microkernel is several times slower on what is left of a depth. The straight operand is zero there.
   int64_t depth_of(int64_t group) const {
     int64_t rows = 0;
     for (int64_t i = 0; i < plan_.images_per_group; ++i) {
       const Segment segment = segment_at(group, i);
       if (segment.rows > 0) rows = i * plan_.image_rows + segment.rows;
     }
-    return (rows - 1) * plan_.pitch + (plan_.swapped ? shape_.w : shape_.q);
+    const int64_t used = (rows - 1) * plan_.pitch + (plan_.swapped ? shape_.w : shape_.q);
+    return (used + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple;
   }
 
   static void clear(char* data, int64_t bytes) {
@@ -202,9 +210,13 @@ class Wgrad {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / plan_.rows_per_group, p = i % plan_.rows_per_group;
       const Segment segment = segment_at(group, image);
-      if (p >= segment.rows) continue;
+      const int64_t row_bytes = plan_.padded_columns * value_bytes_;
+      char* line = out + (image * plan_.image_rows + p) * plan_.pitch * row_bytes;
+      if (p >= segment.rows) {  // behind the last image or row: left from an earlier group
+        std::memset(line, 0, plan_.pitch * row_bytes);
+        continue;
+      }
       const int64_t first = (segment.image * shape_.p + segment.first + p) * shape_.q;
-      char* line = out + (image * plan_.image_rows + p) * plan_.pitch * plan_.padded_columns * value_bytes_;
       lay(plan_.swapped ? x_ : grad_, {first, 1, shape_.q}, line, plan_.padded_columns);
     }
   }
@@ -217,8 +229,7 @@ class Wgrad {
     const int64_t depth = depth_of(group);
     const int64_t value_pitch = kernel_.pairs ? 2 : 1;  // columns of B are pairs
     for (int64_t d = 0; d < depth; d += kDepth) {
-      int64_t k = std::min(kDepth, depth - d);
-      if (kernel_.pairs) k = (k + 1) / 2 * 2;
+      const int64_t k = std::min(kDepth, depth - d);
       const char* b = straight + (d * plan_.padded_columns + first_column * value_pitch) * value_bytes_;
       for (int64_t r = 0; r < shape_.r; ++r) {
         for (int64_t s = 0; s < shape_.s; ++s) {

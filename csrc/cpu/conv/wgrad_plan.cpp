@@ -71,7 +71,7 @@ WgradPlan plan_wgrad(const ConvShape& s, int value_bytes, bool pairs) {
   p.lead = int64_t{p.lead_row} * p.pitch + p.lead_column;
   // Behind the last position: what the farthest tap reads, and what the transposition writes of a vector.
   const int64_t reach = int64_t{extent_h / s.stride_h} * p.pitch + extent_w / s.stride_w;
-  p.phase_length = (p.lead + p.positions + reach + 16 + 31) / 32 * 32;
+  p.phase_length = (p.lead + p.positions + reach + kWgradSlack + 31) / 32 * 32;
   p.row_length = p.phase_length * phases + 32;  // no power of two, or channels would share cache sets
   p.splits = p.by_tiles ? 1 : std::min(p.groups, kMostSplits);
   return p;

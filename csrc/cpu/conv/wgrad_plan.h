@@ -16,6 +16,9 @@
 
 namespace resnet_fused::cpu {
 
+// Values behind a channel's positions that products may read, multiplied by zero.
+inline constexpr int64_t kWgradSlack = 32;
+
 struct WgradPlan {
   bool swapped;            // pointwise with fewer output channels: the gradient is the operand that is transposed
   int rows_channels;       // channels of the operand that is transposed, and of the product's rows

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) the resnet_fused authors
+#include "winograd.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "operand.h"
+#include "scratch.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr int64_t kTransformedBytes = 768 << 10;  // of a block's transformed source
+constexpr int kFewestTiles = 48, kMostTiles = 112;  // of a block: rows of its products
+constexpr int kMostChunks = 64;
+constexpr int kFewBlocks = 16;  // below, panels are spread over threads as well
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Operands of the 16 products lie 16 values more than a product apart: at a power of two they would share cache sets.
+int64_t source_pitch(const WinogradPlan& p) { return p.tiles() * p.padded_channels + 16; }
+int64_t result_pitch(const WinogradPlan& p) { return p.tiles() * kPanel + 16; }
+
+class Winograd {
+ public:
+  Winograd(const WinogradPlan& plan, const Operand& source, const Microkernel& kernel, const float* packed,
+           const Results& results)
+      : plan_(plan), source_(source), kernel_(kernel), packed_(packed), results_(results) {
+    copy_columns_ = 2 * plan.tile_columns + 2;
+    copy_rows_ = 2 * plan.rows_per_block + 2;
+  }
+
+  int64_t scratch_bytes() const {
+    return copy_bytes() + align(16 * source_pitch(plan_) * 4) + align(16 * result_pitch(plan_) * 4) + finished_bytes();
+  }
+
+  void run(int64_t chunk, int64_t first_panel, int64_t last_panel, const Scratch& scratch) const {
+    ChunkSums sums(results_);
+    for (int64_t b = int64_t{plan_.blocks} * chunk / plan_.chunks; b < int64_t{plan_.blocks} * (chunk + 1) / plan_.chunks;
+         ++b) {
+      run_block(b, first_panel, last_panel, sums, scratch);
+    }
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      sums.store(chunk, panel * kPanel, width_of(panel));
+    }
+  }
+
+ private:
+  int64_t copy_bytes() const { return align(copy_rows_ * copy_columns_ * plan_.padded_channels * 4); }
+  int64_t finished_bytes() const { return align(2 * 2 * plan_.tile_columns * kPanel * 4); }
+  int64_t width_of(int64_t panel) const { return std::min<int64_t>(kPanel, plan_.target_channels - panel * kPanel); }
+
+  // Rows of tiles [first, last) of images [image, image + images).
+  struct Block {
+    int64_t image, images, first, last;
+  };
+
+  Block block_at(int64_t index) const {
+    const int64_t per_image = ceil_div(plan_.tile_rows, plan_.rows_per_block);
+    const int64_t image = index / per_image * plan_.images_per_block;
+    const int64_t first = index % per_image * plan_.rows_per_block;
+    return {image, std::min<int64_t>(plan_.images_per_block, plan_.images - image), first,
+            std::min<int64_t>(first + plan_.rows_per_block, plan_.tile_rows)};
+  }
+
+  void run_block(int64_t index, int64_t first_panel, int64_t last_panel, ChunkSums& sums,
+                 const Scratch& scratch) const {
+    const ConvKernels& kernels = conv_kernels();
+    const Block block = block_at(index);
+    float* copy = scratch.at<float>();
+    float* transformed = scratch.at<float>(copy_bytes());
+    float* products = scratch.at<float>(copy_bytes() + align(16 * source_pitch(plan_) * 4));
+    float* finished = scratch.at<float>(scratch_bytes() - finished_bytes());
+    const int64_t channels = plan_.padded_channels, columns = plan_.tile_columns;
+    const int64_t row_pitch = copy_columns_ * channels;
+
+    float* to = transformed;
+    for (int64_t image = block.image; image < block.image + block.images; ++image) {
+      fill(image, block, copy);
+      for (int64_t row = 0; row < block.last - block.first; ++row, to += columns * channels) {
+        kernels.winograd_source(copy + 2 * row * row_pitch, row_pitch, channels, columns, to, source_pitch(plan_));
+      }
+    }
+
+    const int64_t tiles = block.images * (block.last - block.first) * columns;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t width = width_of(panel), n = (width + 15) / 16 * 16;
+      for (int64_t i = 0; i < 16; ++i) {
+        kernel_.multiply(tiles, n, channels, channels, kPanel, kPanel, false, transformed + i * source_pitch(plan_),
+                         packed_ + (panel * 16 + i) * channels * kPanel, products + i * result_pitch(plan_));
+      }
+      finish(block, panel * kPanel, width, products, finished, sums);
+    }
+  }
+
+  void finish(const Block& block, int64_t channel, int64_t width, const float* products, float* finished,
+              ChunkSums& sums) const {
+    const int64_t columns = plan_.tile_columns, row_floats = 2 * columns * kPanel;
+    for (int64_t image = block.image; image < block.image + block.images; ++image) {
+      for (int64_t row = block.first; row < block.last; ++row, products += columns * kPanel) {
+        conv_kernels().winograd_results(products, result_pitch(plan_), (width + 15) / 16 * 16, columns, finished,
+                                        row_floats);
+        const int64_t rows = std::min<int64_t>(2, plan_.target_height - 2 * row);
+        PanelSums* gathered = nullptr;
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t first = (image * plan_.target_height + 2 * row + i) * plan_.target_width;
+          const Pixels pixels{first, 1, plan_.target_width};
+          if (i == 0) gathered = sums.begin(finished, kPanel, pixels, channel, width);
+          results_.finish(finished + i * row_floats, kPanel, pixels, channel, width, gathered);
+        }
+        sums.add(rows * plan_.target_width, channel, width);
+      }
+    }
+  }
+
+  // The block's source pixels of one image, zero outside of it.
+  void fill(int64_t image, const Block& block, float* out) const {
+    const int64_t channels = plan_.padded_channels, row_floats = copy_columns_ * channels;
+    const int64_t rows = 2 * (block.last - block.first) + 2;
+    const int64_t low = std::min<int64_t>(plan_.pad_w, copy_columns_);
+    const int64_t high = std::clamp<int64_t>(plan_.pad_w + plan_.source_width, low, copy_columns_);
+    for (int64_t i = 0; i < rows; ++i, out += row_floats) {
+      const int64_t row = 2 * block.first + i - plan_.pad_h;
+      if (row < 0 || row >= plan_.source_height) {
+        std::memset(out, 0, row_floats * 4);
+        continue;
+      }
+      std::memset(out, 0, low * channels * 4);
+      const int64_t first = (image * plan_.source_height + row) * plan_.source_width + low - plan_.pad_w;
+      conv_kernels().load(source_, {first, 1, high - low}, out + low * channels, channels);
+      std::memset(out + high * channels, 0, (copy_columns_ - high) * channels * 4);
+    }
+  }
+
+  const WinogradPlan& plan_;
+  const Operand& source_;
+  const Microkernel& kernel_;
+  const float* packed_;
+  const Results& results_;
+  int64_t copy_columns_, copy_rows_;
+};
+
+}  // namespace
+
+bool winograd_applies(const ConvShape& s, DType dtype) {
+  return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+}
+
+WinogradPlan plan_winograd(const ConvShape& s, bool forward) {
+  WinogradPlan p{};
+  p.images = s.n;
+  p.source_height = forward ? s.h : s.p, p.source_width = forward ? s.w : s.q;
+  p.target_height = forward ? s.p : s.h, p.target_width = forward ? s.q : s.w;
+  p.source_channels = forward ? s.c : s.k, p.target_channels = forward ? s.k : s.c;
+  p.padded_channels = static_cast<int>(ceil_div(p.source_channels, 16) * 16);
+  p.pad_h = forward ? s.pad_h : 2 - s.pad_h, p.pad_w = forward ? s.pad_w : 2 - s.pad_w;
+  p.tile_rows = static_cast<int>(ceil_div(p.target_height, 2));
+  p.tile_columns = static_cast<int>(ceil_div(p.target_width, 2));
+  const auto wanted = static_cast<int>(
+      std::clamp<int64_t>(kTransformedBytes / (16 * 4 * int64_t{p.padded_channels}), kFewestTiles, kMostTiles));
+  const int per_image = p.tile_rows * p.tile_columns;
+  if (per_image <= wanted) {
+    p.rows_per_block = p.tile_rows;
+    p.images_per_block = std::min(p.images, wanted / per_image);
+  } else {
+    p.rows_per_block = std::clamp((wanted + p.tile_columns / 2) / p.tile_columns, 1, p.tile_rows);
+    // Of equal size, where that makes no more of them.
+    p.rows_per_block = static_cast<int>(ceil_div(p.tile_rows, ceil_div(p.tile_rows, p.rows_per_block)));
+    p.images_per_block = 1;
+  }
+  p.blocks = static_cast<int>(ceil_div(p.images, p.images_per_block) * ceil_div(p.tile_rows, p.rows_per_block));
+  p.chunks = std::max(1, std::min(p.blocks, kMostChunks));
+  p.panels = static_cast<int>(ceil_div(p.target_channels, kPanel));
+  p.panel_groups =
+      p.blocks >= kFewBlocks ? 1 : std::min(p.panels, static_cast<int>(ceil_div(kFewBlocks, std::max(1, p.blocks))));
+  return p;
+}
+
+void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forward, const void* weight, DType from,
+                       float* packed) {
+  const int64_t filter = int64_t{9} * s.c, depths = plan.padded_channels / 16;
+  at::parallel_for(0, plan.panels * depths, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / depths, depth = i % depths * 16;
+      WinogradWeights w{};
+      w.panel.from = from, w.panel.to = DType::Float32;
+      w.panel.stride_n = forward ? filter : 1, w.panel.stride_d = forward ? 1 : filter;
+      w.panel.weight =
+          static_cast<const char*>(weight) + (panel * kPanel * w.panel.stride_n + depth * w.panel.stride_d) * bytes_of(from);
+      w.panel.width = std::min<int64_t>(kPanel, plan.target_channels - panel * kPanel);
+      w.panel.depth = std::min<int64_t>(16, plan.source_channels - depth), w.panel.padded_depth = 16;
+      w.panel.out = packed + (panel * 16 * plan.padded_channels + depth) * kPanel;
+      w.tap_pitch = s.c, w.flipped = !forward, w.out_pitch = plan.padded_channels * kPanel;
+      conv_kernels().winograd_weights(w);
+    }
+  });
+}
+
+void run_winograd(const WinogradPlan& plan, const Operand& source, const Microkernel& kernel, const float* packed,
+                  const Results& results) {
+  const Winograd winograd(plan, source, kernel, packed, results);
+  const int64_t groups = plan.panel_groups;
+  at::parallel_for(0, plan.chunks * groups, 1, [&](int64_t begin, int64_t end) {
+    const MicrokernelScope scope(kernel);
+    const Scratch scratch(winograd.scratch_bytes());
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task % groups;
+      winograd.run(task / groups, plan.panels * group / groups, plan.panels * (group + 1) / groups, scratch);
+    }
+  });
+}
+
+}  // namespace resnet_fused::cpu
