@@ -108,7 +108,7 @@ class Direct {
     const ConvKernels& kernels = conv_kernels();
     const int64_t channels = plan_.padded_channels, pixel_bytes = channels * value_bytes_;
     if (plan_.pointwise) {
-      kernels.load(source_, {unit.first, 1, unit.last - unit.first}, out, channels);
+      kernels.load(source_, {unit.first, 1, unit.last - unit.first}, 0, source_.channels, out, channels);
       return;
     }
     const int64_t step = plan_.source_step_h, columns = plan_.pitch;
@@ -128,8 +128,8 @@ class Direct {
       }
       std::memset(line, 0, low * pixel_bytes);
       const int64_t first = (unit.image * plan_.source_height + row) * plan_.source_width + plan_.first_column;
-      kernels.load(source_, {first + low * plan_.column_step, plan_.column_step, high - low}, line + low * pixel_bytes,
-                   channels);
+      kernels.load(source_, {first + low * plan_.column_step, plan_.column_step, high - low}, 0, source_.channels,
+                   line + low * pixel_bytes, channels);
       std::memset(line + high * pixel_bytes, 0, (columns - high) * pixel_bytes);
     }
   }

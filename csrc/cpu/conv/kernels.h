@@ -97,13 +97,13 @@ struct WeightGradient {
 };
 
 struct ConvKernels {
-  // Rows of `pitch` values, pixel by pixel; those behind the channels are zero.
-  void (*load)(const Operand&, const Pixels&, void* out, int64_t pitch);
-  // Channels [channel, channel + width) of the pixels as [width, pitch]: out[c*pitch + p]. Up to 15 values behind the
+  // Channels [channel, channel + width) of the pixels as rows of `pitch` values, zero behind the width.
+  void (*load)(const Operand&, const Pixels&, int64_t channel, int64_t width, void* out, int64_t pitch);
+  // The same as [width, pitch]: out[c*pitch + p]. Up to 15 values behind the
   // last pixel of each become zero.
   void (*load_transposed)(const Operand&, const Pixels&, int64_t channel, int64_t width, void* out, int64_t pitch);
-  // Pairs of pixels: out[(p/2)*2*pitch + 2*c + p%2]; begins with an even one and fills an odd last one with zero.
-  void (*load_pairs)(const Operand&, const Pixels&, void* out, int64_t pitch);
+  // The same as pairs of pixels: out[(p/2)*2*pitch + 2*c + p%2], an odd last one with zero. Nothing behind the width.
+  void (*load_pairs)(const Operand&, const Pixels&, int64_t channel, int64_t width, void* out, int64_t pitch);
   // `acc` is [pixels, acc_pitch]; `sums` null, or added to.
   void (*finish_forward)(const ForwardEpilogue&, const float* acc, int64_t acc_pitch, const Pixels&, int64_t channel,
                          int64_t width, PanelSums* sums);

@@ -62,26 +62,27 @@ RESNET_FUSED_INLINE Float<kLanes> read(const Operand& o, int64_t pixel, int64_t 
 }
 
 template <class T, Prologue kPrologue>
-void load_pixels(const Operand& o, const Pixels& pixels, void* out_data, int64_t pitch) {
+void load_pixels(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out_data,
+                 int64_t pitch) {
   auto* out = static_cast<typename T::Value*>(out_data);
   for (int64_t p = 0; p < pixels.count; ++p, out += pitch) {
     const int64_t pixel = pixels.first + p * pixels.step;
     if constexpr (kPrologue == Prologue::kNone) {
-      __builtin_memcpy(out, static_cast<const typename T::Value*>(o.x) + pixel * o.channels,
-                       o.channels * sizeof(typename T::Value));
+      __builtin_memcpy(out, static_cast<const typename T::Value*>(o.x) + pixel * o.channels + channel,
+                       width * sizeof(typename T::Value));
     } else {
-      for_lanes(o.channels, [&](auto lanes, int64_t c) {
-        store<T, lanes.value>(out + c, read<T, kPrologue, lanes.value>(o, pixel, c));
+      for_lanes(width, [&](auto lanes, int64_t c) {
+        store<T, lanes.value>(out + c, read<T, kPrologue, lanes.value>(o, pixel, channel + c));
       });
     }
-    for (int64_t c = o.channels; c < pitch; ++c) out[c] = 0;
+    for (int64_t c = width; c < pitch; ++c) out[c] = 0;
   }
 }
 
-void load(const Operand& o, const Pixels& pixels, void* out, int64_t pitch) {
+void load(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out, int64_t pitch) {
   dispatch_conv_dtype(o.dtype, [&](auto t) {
     dispatch_prologue(o.prologue, [&](auto prologue) {
-      load_pixels<decltype(t), prologue.value>(o, pixels, out, pitch);
+      load_pixels<decltype(t), prologue.value>(o, pixels, channel, width, out, pitch);
     });
   });
 }
@@ -129,17 +130,18 @@ void load_transposed(const Operand& o, const Pixels& pixels, int64_t channel, in
 }
 
 template <class T, Prologue kPrologue>
-void load_pixel_pairs(const Operand& o, const Pixels& pixels, void* out_data, int64_t pitch) {
+void load_pixel_pairs(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out_data,
+                      int64_t pitch) {
   if constexpr (sizeof(typename T::Value) == 2) {
     auto* out = static_cast<uint32_t*>(out_data);
     for (int64_t p = 0; p < pixels.count; p += 2, out += pitch) {
       const int64_t even = pixels.first + p * pixels.step, odd = even + pixels.step;
       const bool whole = p + 1 < pixels.count;
-      for_lanes(o.channels, [&](auto lanes, int64_t c) {
+      for_lanes(width, [&](auto lanes, int64_t c) {
         constexpr int kLanes = lanes.value;
         using W = Word<kLanes>;
         const auto bits = [&](int64_t pixel) {
-          return T::template narrow<W, Float<kLanes>>(read<T, kPrologue, kLanes>(o, pixel, c));
+          return T::template narrow<W, Float<kLanes>>(read<T, kPrologue, kLanes>(o, pixel, channel + c));
         };
         store_raw(out + c, whole ? bits(even) | (bits(odd) << 16) : bits(even));
       });
@@ -147,10 +149,10 @@ void load_pixel_pairs(const Operand& o, const Pixels& pixels, void* out_data, in
   }
 }
 
-void load_pairs(const Operand& o, const Pixels& pixels, void* out, int64_t pitch) {
+void load_pairs(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out, int64_t pitch) {
   dispatch_conv_dtype(o.dtype, [&](auto t) {
     dispatch_prologue(o.prologue, [&](auto prologue) {
-      load_pixel_pairs<decltype(t), prologue.value>(o, pixels, out, pitch);
+      load_pixel_pairs<decltype(t), prologue.value>(o, pixels, channel, width, out, pitch);
     });
   });
 }

@@ -55,7 +55,9 @@ class Wgrad {
 
  private:
   int64_t transposed_bytes() const { return align(plan_.rows_channels * plan_.row_length * value_bytes_ + 64); }
-  int64_t straight_bytes() const { return align((plan_.positions + kDepthMultiple) * plan_.padded_columns * value_bytes_); }
+  // One panel of the straight operand: [positions, kPanel], so that a product's rows are neighbours.
+  int64_t panel_bytes() const { return (plan_.positions + kDepthMultiple) * kPanel * value_bytes_; }
+  int64_t straight_bytes() const { return (plan_.padded_columns + kPanel - 1) / kPanel * panel_bytes(); }
 
   // Groups in turn; their operands are laid out by all threads, then multiplied by all.
   void run_by_tiles() const {
@@ -210,14 +212,16 @@ class Wgrad {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / plan_.rows_per_group, p = i % plan_.rows_per_group;
       const Segment segment = segment_at(group, image);
-      const int64_t row_bytes = plan_.padded_columns * value_bytes_;
-      char* line = out + (image * plan_.image_rows + p) * plan_.pitch * row_bytes;
-      if (p >= segment.rows) {  // behind the last image or row: left from an earlier group
-        std::memset(line, 0, plan_.pitch * row_bytes);
-        continue;
-      }
       const int64_t first = (segment.image * shape_.p + segment.first + p) * shape_.q;
-      lay(plan_.swapped ? x_ : grad_, {first, 1, shape_.q}, line, plan_.padded_columns);
+      char* line = out + (image * plan_.image_rows + p) * plan_.pitch * kPanel * value_bytes_;
+      for (int64_t column = 0; column < plan_.columns_channels; column += kPanel, line += panel_bytes()) {
+        if (p < segment.rows) {
+          const int64_t width = std::min<int64_t>(kPanel, plan_.columns_channels - column);
+          lay(plan_.swapped ? x_ : grad_, {first, 1, shape_.q}, column, width, line, kPanel);
+        } else {  // behind the last image or row: left from an earlier group
+          std::memset(line, 0, plan_.pitch * kPanel * value_bytes_);
+        }
+      }
     }
   }
 
@@ -227,10 +231,9 @@ class Wgrad {
     const int64_t m = std::min<int64_t>(kPanel, plan_.rows_channels - first_row);
     const int64_t n = std::min<int64_t>(kPanel, plan_.padded_columns - first_column);
     const int64_t depth = depth_of(group);
-    const int64_t value_pitch = kernel_.pairs ? 2 : 1;  // columns of B are pairs
     for (int64_t d = 0; d < depth; d += kDepth) {
       const int64_t k = std::min(kDepth, depth - d);
-      const char* b = straight + (d * plan_.padded_columns + first_column * value_pitch) * value_bytes_;
+      const char* b = straight + column_tile * panel_bytes() + d * kPanel * value_bytes_;
       for (int64_t r = 0; r < shape_.r; ++r) {
         for (int64_t s = 0; s < shape_.s; ++s) {
           const int64_t row = r * shape_.dilation_h, column = s * shape_.dilation_w;
@@ -241,7 +244,7 @@ class Wgrad {
                           (first_row * plan_.row_length + phase * plan_.phase_length + plan_.lead + d + shift) *
                               value_bytes_;
           float* c = sums + ((r * shape_.s + s) * plan_.rows_channels + first_row) * plan_.padded_columns + first_column;
-          kernel_.multiply(m, n, k, plan_.row_length, plan_.padded_columns, plan_.padded_columns, add || d > 0, a, b, c);
+          kernel_.multiply(m, n, k, plan_.row_length, kPanel, plan_.padded_columns, add || d > 0, a, b, c);
         }
       }
     }

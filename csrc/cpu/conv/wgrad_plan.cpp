@@ -7,10 +7,10 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kSplitSums = 640 << 10;    // bytes of partial sums that stay in cache while pixels pass
+constexpr int64_t kSplitSums = 1280 << 10;    // bytes of partial sums that stay in cache while pixels pass
 constexpr int64_t kGroupBytes = 768 << 10;   // of a group's operands, where a thread works on them alone
 constexpr int64_t kSharedBytes = 16 << 20;   // where all threads do
-constexpr int kMostSplits = 16;
+constexpr int kMostSplits = 8;
 constexpr int kPointwiseRow = 512;  // pixels
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

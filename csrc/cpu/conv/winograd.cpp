@@ -130,7 +130,7 @@ class Winograd {
       }
       std::memset(out, 0, low * channels * 4);
       const int64_t first = (image * plan_.source_height + row) * plan_.source_width + low - plan_.pad_w;
-      conv_kernels().load(source_, {first, 1, high - low}, out + low * channels, channels);
+      conv_kernels().load(source_, {first, 1, high - low}, 0, source_.channels, out + low * channels, channels);
       std::memset(out + high * channels, 0, (copy_columns_ - high) * channels * 4);
     }
   }
