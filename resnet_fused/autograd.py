@@ -20,8 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import ops, reference
-from resnet_fused.engine import current_engine
+from resnet_fused import inference, ops, reference
 from resnet_fused.units import Conv, Norm, Unit
 
 MEMORY_MODES = ("default", "minimal")
@@ -82,7 +81,7 @@ class _Plan(NamedTuple):
 def _split(u: Unit, native: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
     conv, norm = u
     c = conv if conv is not None else Conv(None)
-    plan = _UnitPlan(conv is not None, *c[2:], norm.batch_statistics, norm.momentum, norm.eps, native)
+    plan = _UnitPlan(conv is not None, *c[2:6], norm.batch_statistics, norm.momentum, norm.eps, native)
     return plan, (c.weight, c.bias, *norm[:5])
 
 
@@ -428,38 +427,14 @@ def residual(
     else:
         join = Join.IDENTITY if shortcut is x else Join.TENSOR
     chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
-    native = [current_engine() == "native" and _is_native(x, u) for u in chain]
+    if not any(u.norm.batch_statistics for u in chain):
+        given = (x, shortcut) if join is Join.TENSOR else (x,)
+        given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *u.norm[:2]))
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
+            return inference.residual(x, units, shortcut, relu)
+    # Between its units activations keep x's dtype and layout.
+    native = [u.conv is not None and inference.runs_native(x, u.conv) for u in chain]
     plans, tensors = zip(*(_split(u, n) for u, n in zip(chain, native, strict=True)), strict=True)
     plan = _Plan(plans, join, relu, memory == "minimal", cast_weights)
     external = shortcut if join is Join.TENSOR else None
-    if all(native) and not any(u.norm.batch_statistics for u in chain):
-        given = [t for unit in tensors for t in unit if t is not None]
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given, external) if t is not None)):
-            return _infer(plan, x, external, tensors)
     return _Block.apply(plan, x, external, *(t for unit in tensors for t in unit))
-
-
-def _is_native(x: Tensor, u: Unit) -> bool:
-    """Whether ``u`` runs natively in a block on ``x``; between its units activations keep x's dtype and layout."""
-    c = u.conv
-    return c is not None and ops.native_reason(x, c.weight, c.stride, c.padding, c.dilation, c.groups) is None
-
-
-def _infer(plan: _Plan, x: Tensor, shortcut: Tensor | None, units: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """Frozen native units, nothing to differentiate: batch norm, shortcut and ReLU are the convolutions' epilogues."""
-
-    def run(i: int, a: Tensor, joined: Tensor | None, relu: bool) -> Tensor:
-        unit, (weight, bias, gamma, beta, mean, var, _) = plan.units[i], units[i]
-        table = ops.bn_coefficients(mean, var, gamma, beta, unit.eps, x.dtype)
-        if bias is not None:
-            table[3] += table[2] * bias
-        return ops.conv_fprop_inference(a, None, weight.to(x.dtype), table, joined, relu, *unit.geometry)
-
-    if plan.join is Join.PROJECTION:
-        shortcut = run(plan.projection, x, None, False)
-    elif plan.join is Join.IDENTITY:
-        shortcut = x
-    a = x
-    for i in range(plan.last):
-        a = run(i, a, None, True)
-    return run(plan.last, a, shortcut, plan.relu)

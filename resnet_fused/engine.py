@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+
 ENGINES = ("auto", "library", "native", "reference")
 
 _engine: ContextVar[str] = ContextVar("resnet_fused_engine", default="auto")
@@ -42,6 +44,14 @@ def engine(name: str) -> Iterator[None]:
 def current_engine() -> str:
     """The engine in force: ``"auto"``, ``"library"``, ``"native"`` or ``"reference"``."""
     return _engine.get()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """No autocast on ``device_type`` inside the ``with`` block."""
+    # Leaving a torch.autocast costs 3 us, as much as a small kernel.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def forced(name: str | None) -> contextlib.AbstractContextManager[None]:

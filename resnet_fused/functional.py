@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import autograd, reference
-from resnet_fused.engine import current_engine, forced
+from resnet_fused.engine import current_engine, forced, without_autocast
 from resnet_fused.units import DTYPES, Conv, Norm, Unit, output_plane
 
 __all__ = ["Conv", "Norm", "Unit", "basic_block", "bn_act", "bottleneck", "conv_bn_act", "residual"]
@@ -125,7 +125,7 @@ def residual(
             raise TypeError(f"shortcut: expected dtype {x.dtype}, got {shortcut.dtype}")
         if shortcut.device != x.device:
             raise ValueError(f"shortcut: expected device {x.device}, got {shortcut.device}")
-    with torch.autocast(device, enabled=False), forced(engine):
+    with without_autocast(device), forced(engine):
         if current_engine() == "reference":
             return reference.residual(x, units, shortcut, relu)
         return autograd.residual(x, units, shortcut, relu, memory, cast_weights)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.inference import ForgetsFolded
 from resnet_fused.modules import BasicBlock, Bottleneck, run_unit
 from resnet_fused.recognise import any_global_hooks, is_relu
 
 __all__ = ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
-class ResNet(ForgetsFolded):
+class ResNet(nn.Module):
     """A residual network (He et al. 2015) for ``[N, 3, H, W]`` images; returns ``[N, num_classes]``.
 
     Args:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused import functional, inference
-from resnet_fused.engine import current_engine
+from resnet_fused.engine import current_engine, without_autocast
 from resnet_fused.recognise import (
     compute_dtype,
     conv_of,
@@ -47,14 +47,39 @@ def _known(pair: Pair) -> bool:
 
 def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether all are on ``x``'s device. Elsewhere eager raises, or, for the counter of a batch norm, does not care."""
-    return all(t is None or t.device == x.device for t in tensors)
+    device = x.device
+    for t in tensors:
+        if t is not None and t.device != device:
+            return False
+    return True
 
 
-def _promotes(x: Tensor, dtype: torch.dtype, norm: nn.Module | None) -> bool:
-    """Whether eager's output would leave ``x``'s dtype, as a frozen batch norm's float32 buffers make it."""
-    if norm is None or type(norm) is nn.BatchNorm2d:
+def _unit(x: Tensor, conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, autocast: bool) -> Unit | None:
+    """The data of a pair, or None where it has to be composed."""
+    c = n = None
+    if conv is not None:
+        if conv_reason(conv) is not None:
+            return None
+        c = conv_of(conv)
+        if (c.weight.dtype != dtype and not autocast) or not _together(x, c[:2]):
+            return None  # eager's error
+    if not is_identity(norm):
+        if norm_reason(norm) is not None:
+            return None
+        n = norm_of(norm)
+        if not _together(x, n[:5]):
+            return None
+        if type(norm) is not nn.BatchNorm2d and torch.promote_types(dtype, n.running_mean.dtype) != dtype:
+            return None  # eager's output leaves dtype, as a frozen batch norm's float32 buffers make it
+    return Unit(c, n)
+
+
+def _differentiates(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
         return False
-    return torch.promote_types(dtype, norm.running_mean.dtype) != dtype
+    if x.requires_grad or (shortcut is not None and shortcut.requires_grad):
+        return True
+    return any(t is not None and t.requires_grad for u in units for part in u if part is not None for t in part[:2])
 
 
 def _residual(
@@ -68,68 +93,38 @@ def _residual(
 
     ``shortcut``: a tensor, a (convolution, norm) pair applied to ``x``, or None.
     """
-    projection = shortcut if isinstance(shortcut, tuple) else None
-    every = [*pairs, projection] if projection else list(pairs)
-    if not fusible(x) or not all(_known(p) for p in every):
+    if not fusible(x):
         return None
-    dtype = compute_dtype(x)
-    if isinstance(shortcut, Tensor) and (
-        shortcut.dtype != dtype or type(shortcut) not in (Tensor, nn.Parameter) or not _together(x, (shortcut,))
-    ):
-        return None  # eager promotes or raises, or a subclass decides
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for conv, norm in every:
-        if conv is not None and conv.weight.dtype != dtype and not autocast:
-            return None  # eager's error
-        if _promotes(x, dtype, None if is_identity(norm) else norm):
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = compute_dtype(x) if autocast else x.dtype
+    units = []
+    for conv, norm in pairs:
+        unit = _unit(x, conv, norm, dtype, autocast)
+        if unit is None:
             return None
-    every = [(conv, None if is_identity(norm) else norm) for conv, norm in every]
-
-    convs = [None if conv is None else conv_of(conv) for conv, _ in every]
-    norms = [None if norm is None else norm_of(norm) for _, norm in every]
-    tensors = [t for conv in convs if conv is not None for t in conv[:2]]
-    tensors += [t for norm in norms if norm is not None for t in norm[:5]]
-    if not _together(x, tensors):
-        return None
-    frozen = all(n is None or not n.batch_statistics for n in norms)
-    if frozen and current_engine() != "reference" and all(conv is not None for conv, _ in every):
-        involved = [t for t in (*tensors, shortcut) if isinstance(t, Tensor)]
-        if inference.available(x, [conv for conv, _ in every], involved):
-            z = _infer(x, every, shortcut, projection is not None, relu, dtype)
-            if z is not None:
-                return z
-    if any(n is None for n in norms):
+        units.append(unit)
+    projection = joined = None
+    if isinstance(shortcut, tuple):
+        projection = _unit(x, *shortcut, dtype, autocast)
+        if projection is None:
+            return None
+    elif shortcut is not None:
+        joined = shortcut
+        if joined.dtype != dtype or type(joined) not in (Tensor, nn.Parameter) or not _together(x, (joined,)):
+            return None  # eager promotes or raises, or a subclass decides
+        if tuple(joined.shape) != functional.output_shape(x, units):
+            return None  # eager broadcasts, or raises
+    chain = [*units, projection] if projection is not None else units
+    frozen = all(n is None or not n.batch_statistics for _, n in chain)
+    if frozen and current_engine() != "reference" and not _differentiates(x, chain, joined):
+        with without_autocast(device):
+            cast = x.to(dtype)
+            joined = cast if joined is x else joined
+            return inference.residual(cast, units, joined if projection is None else projection, relu)
+    if any(n is None for _, n in chain):
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
-    units = [Unit(*pair) for pair in zip(convs, norms, strict=True)]
-    if projection:
-        shortcut = units.pop()
-    elif shortcut is not None and tuple(shortcut.shape) != functional.output_shape(x, units):
-        return None  # eager broadcasts, or raises
-    return functional.residual(x, units, shortcut, relu, memory)
-
-
-def _infer(
-    x: Tensor, pairs: Sequence[Pair], shortcut: Tensor | Pair | None, projected: bool, relu: bool, dtype: torch.dtype
-) -> Tensor | None:
-    """The folded convolutions; None where their ReLU would hide a value that is not finite."""
-    packed = inference.uses_packed_weights(x, [conv for conv, _ in pairs])
-    identity = shortcut is x
-    if isinstance(shortcut, Tensor) and not identity and not inference.is_finite(shortcut):
-        return None
-    x = x.to(dtype)
-    if projected:
-        *pairs, projection = pairs
-        join = inference.convolve(x, *projection, None, False, packed)
-        if join is None:
-            return None
-    else:
-        join = x if identity else shortcut
-    a = x
-    for pair in pairs[:-1]:
-        a = inference.convolve(a, *pair, None, True, packed)
-        if a is None:
-            return None
-    return inference.convolve(a, *pairs[-1], join, relu, packed)
+    return functional.residual(x, units, joined if projection is None else projection, relu, memory)
 
 
 def run_unit(
@@ -195,7 +190,7 @@ def run_block(
     return z
 
 
-class _Fused(inference.ForgetsFolded):
+class _Fused(nn.Module):
     """What :func:`resnet_fused.set_memory` sets."""
 
     memory = "default"

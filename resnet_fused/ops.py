@@ -43,6 +43,18 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def to_channels_last(t: Tensor) -> Tensor:
+    """``t`` ``[N, C, H, W]``, copied if it is not channels_last."""
+    with _pooling(t):
+        return t.contiguous(memory_format=torch.channels_last)
+
+
+def to_contiguous(t: Tensor) -> Tensor:
+    """``t`` ``[N, C, H, W]``, copied if it is not contiguous."""
+    with _pooling(t):
+        return t.contiguous()
+
+
 def empty_cache() -> None:
     """Return to the system the CPU memory that waits to be used again.
 
@@ -457,14 +469,21 @@ def conv_wgrad(
     )
 
 
-def has_fused_convolution() -> bool:
-    """Whether this PyTorch carries oneDNN's convolution with fused post-ops."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-    )
+_HAS_ONEDNN: bool = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+)
+_FUSED_DTYPES = {torch.float32} if _HAS_ONEDNN else set()
+if _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _FUSED_DTYPES.add(torch.bfloat16)
+if _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    _FUSED_DTYPES.add(torch.float16)
+
+
+def has_fused_convolution(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch carries oneDNN's convolution with fused post-ops for ``dtype`` on this processor."""
+    return dtype in _FUSED_DTYPES and torch.backends.mkldnn.enabled
 
 
 def prepack_weight(
@@ -484,7 +503,7 @@ def prepack_weight(
 def fused_convolution(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -492,7 +511,7 @@ def fused_convolution(
     shortcut: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only."""
+    """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only. Its ReLU returns 0 for NaN."""
     arguments = (weight, bias, padding, stride, dilation, groups)
     with _pooling(x):
         if shortcut is None:

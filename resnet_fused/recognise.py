@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from resnet_fused import ops
 from resnet_fused.units import DTYPES, Conv, Norm
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
+# The attribute in which a folded convolution has its resnet_fused.snapshot.Packed.
+PACKED = "_packed"
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its ``forward``."""
-    return any(module.__dict__.get(name) for name in _HOOKS) or "forward" in module.__dict__
+    state = module.__dict__
+    return bool(
+        state.get("_forward_hooks")
+        or state.get("_forward_pre_hooks")
+        or state.get("_backward_hooks")
+        or state.get("_backward_pre_hooks")
+        or "forward" in state
+    )
 
 
 def any_global_hooks() -> bool:
@@ -80,7 +87,8 @@ def conv_of(module: nn.Conv2d) -> Conv:
         padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     elif padding == "valid":
         padding = (0, 0)
-    return Conv(module.weight, module.bias, module.stride, padding, module.dilation, module.groups)
+    packed = None if torch.compiler.is_compiling() else module.__dict__.get(PACKED)
+    return Conv(module.weight, module.bias, module.stride, padding, module.dilation, module.groups, packed)
 
 
 def norm_of(module: nn.Module) -> Norm:

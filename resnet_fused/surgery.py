@@ -28,6 +28,7 @@ from resnet_fused.autograd import MEMORY_MODES
 from resnet_fused.models import ResNet
 from resnet_fused.modules import BasicBlock, Bottleneck, ConvBNAct2d, ResBlk
 from resnet_fused.recognise import (
+    PACKED,
     any_global_hooks,
     conv_reason,
     frozen_batch_norm,
@@ -37,6 +38,7 @@ from resnet_fused.recognise import (
     norm_reason,
 )
 from resnet_fused.sequential import FusedSequential, FusedUnit, run_at, runs_of
+from resnet_fused.snapshot import Packed
 from resnet_fused.structure import Left, Silent, descend, structure_of
 
 __all__ = ["Entry", "FuseReport", "fold", "fuse", "set_memory", "unfuse"]
@@ -471,6 +473,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         if original is not type(module):
             module.__class__ = original
             module.__dict__.pop("memory", None)
+        module.__dict__.pop(PACKED, None)
     return model
 
 
@@ -505,6 +508,10 @@ def fold(model: nn.Module) -> nn.Module:
     are batch norms that :func:`fuse` does not find behind a convolution, that keep no running statistics, that
     share a convolution or are shared, and pairs with hooks.
 
+    The copy is a snapshot. On the CPU its convolutions keep their weights packed from their first call on: later
+    writes to the copy's weights need not be seen (``load_state_dict`` and ``to`` are, and :func:`unfuse` ends it).
+    There its ReLUs are oneDNN's, which return 0 for NaN.
+
     Raises:
         TypeError: if ``model`` is no module.
     """
@@ -530,6 +537,9 @@ def fold(model: nn.Module) -> nn.Module:
             (descend(parent, owner) if owner else parent)._modules[name] = nn.Identity().eval()
     for module in synchronised:
         module.__class__ = nn.SyncBatchNorm
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__dict__[PACKED] = Packed()
     return model
 
 

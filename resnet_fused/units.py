@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from resnet_fused.snapshot import Packed
 
 # The dtypes of activations that have kernels.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -17,7 +20,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Conv(NamedTuple):
     """A 2-d convolution with zero padding.
 
-    ``weight``: ``[K, C/groups, R, S]``; ``bias``: ``[K]`` or None; the others as in ``nn.Conv2d``.
+    ``weight``: ``[K, C/groups, R, S]``; ``bias``: ``[K]`` or None; ``packed``: what :func:`resnet_fused.fold` keeps;
+    the others as in ``nn.Conv2d``.
     """
 
     weight: Tensor
@@ -26,6 +30,7 @@ class Conv(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    packed: Packed | None = None
 
 
 def output_plane(

@@ -3,6 +3,7 @@
 """fold: inference copies without batch norms."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from user_models import (
 )
 
 import resnet_fused as rf
+from resnet_fused import ops
 from resnet_fused.testing import assert_passed, compare_modules
 
 FOLDED = {
@@ -111,3 +113,79 @@ def test_fold_of_a_fused_model_and_after_unfusing(device):
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
     assert len(rf.fuse(folded).fused) == 5
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
+def packed(model):
+    """How many of its convolutions hold packed weights."""
+    return sum(bool(m.__dict__["_packed"]._made) for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.fixture
+def folded():
+    return rf.fold(nontrivial(torchvision.models.resnet18(num_classes=4)).eval())
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constants_are_packed_once_per_dtype(folded, layout, dtype, monkeypatch):
+    if not ops.has_fused_convolution(dtype):
+        pytest.skip("this processor's oneDNN does not fuse")
+    calls = []
+    prepack = ops.prepack_weight
+    monkeypatch.setattr(ops, "prepack_weight", lambda *a: calls.append(1) or prepack(*a))
+    folded = folded.to(dtype, memory_format=layout)
+    plain = rf.unfuse(copy.deepcopy(folded))
+    for size in ((1, 3, 32, 32), (3, 3, 40, 48)):
+        x = torch.randn(size).to(dtype, memory_format=layout)
+        with torch.no_grad():
+            z, expected = folded(x), plain(x)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(z, expected, atol=tolerance, rtol=tolerance)
+        a, b = torch.randn(2, 64, 9, 9).to(dtype, memory_format=layout), folded.layer1[0]
+        with torch.no_grad():
+            assert b(a).stride() == plain.layer1[0](a).stride()
+    assert len(calls) == packed(folded) == 20
+
+
+WAYS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "other dtype and back": lambda m: m.double().float(),
+    "bfloat16 and back": lambda m: m.bfloat16().float(),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 0.9 for k, v in m.state_dict().items()}) and m,
+    "replaced": lambda m: setattr(m.conv1, "weight", nn.Parameter(m.conv1.weight * 2, requires_grad=False)) or m,
+    "replaced data": lambda m: setattr(m.conv1.weight, "data", m.conv1.weight * 2) or m,
+    "requires_grad": lambda m: m.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_constants_follow(folded, way):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        folded(x)
+        other = WAYS[way](folded)
+        assert {"conv1.weight", "conv1.bias"} <= set(other.state_dict())
+        expected = rf.unfuse(copy.deepcopy(other))(x)
+        for _ in range(2):
+            torch.testing.assert_close(other(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_unfusing_drops_the_constants(folded):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        folded(x)
+        plain = rf.unfuse(folded)
+        assert not any("_packed" in m.__dict__ for m in plain.modules())
+        plain.conv1.weight.data.mul_(2)
+        expected = plain(x)
+        rf.fuse(plain)
+        torch.testing.assert_close(plain(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_through_a_folded_copy(folded):
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    folded(x).square().sum().backward()
+    rf.unfuse(copy.deepcopy(folded))(other).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad, atol=1e-3, rtol=1e-3)

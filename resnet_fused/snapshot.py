@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The constants of a folded network: the only place where packed weights are made, kept and used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused import ops
+
+
+class Packed:
+    """A convolution's weight in the layout that its kernel wants, made when an input of a dtype first needs it.
+
+    :func:`resnet_fused.fold` gives one to each convolution of its copy. It is made anew for tensors that were moved,
+    replaced or loaded, and in copies and pickles; it does not see other writes.
+    """
+
+    def __init__(self):
+        self._source: list[tuple] = []
+        self._kept: list[torch.UntypedStorage] = []
+        self._made: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def __deepcopy__(self, memo) -> Packed:
+        return Packed()
+
+    def __reduce__(self):
+        return Packed, ()
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        shortcut: Tensor | None,
+        relu: bool,
+    ) -> Tensor | None:
+        """``relu(conv(x) + shortcut)``, channels_last; None where nothing is packed for inputs like ``x``.
+
+        oneDNN's ReLU, fused into its convolution, returns 0 for NaN.
+        """
+        if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
+            return None
+        tensors = [t for t in (weight, bias) if t is not None]
+        source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if source != self._source:
+            self._source = source
+            # Kept, so that no other tensor comes to lie where these lie.
+            self._kept = [t.untyped_storage() for t in tensors]
+            self._made.clear()
+        found = self._made.get(x.dtype)
+        if found is None:
+            # oneDNN's layout for one size of input serves all: measured with batches of 1 and 16.
+            packed = ops.prepack_weight(weight.detach().to(x.dtype), stride, padding, dilation, groups, list(x.shape))
+            found = packed, None if bias is None else bias.detach().to(x.dtype)
+            self._made[x.dtype] = found
+        return ops.fused_convolution(x, *found, stride, padding, dilation, groups, shortcut, relu)
