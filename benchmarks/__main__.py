@@ -45,16 +45,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     usual = f"{CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
     how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {usual})")
     how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
-    how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: as many as time allows)")
+    how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: 3 of processes, else by time)")
+    seconds = "of timing: of a block's case, of each process of a network (default: see benchmarks)"
+    how.add_argument("--seconds", type=float, metavar="S", help=seconds)
     how.add_argument(
-        "--compile",
+        "--peers",
         action=argparse.BooleanOptionalAction,
-        help="whether eager compiled by torch.compile takes part (default: on a GPU)",
+        help="whether others take part: torch.compile; in inference of networks on the CPU also ONNX Runtime and "
+        "OpenVINO (default: on a GPU)",
     )
     how.add_argument(
         "--native",
         action=argparse.BooleanOptionalAction,
-        help="whether fused with native convolutions takes part (default: where there are any)",
+        help="whether fused with native convolutions takes part (default: on a GPU, where there are any)",
     )
     how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
     how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
@@ -65,11 +68,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for dtype in options.dtype:
         if dtype not in dtypes_of(device):
             parser.error(f"--dtype {dtype}: not measured on {device}")
-    if options.compile is None:
-        options.compile = device.type == "cuda"
+    if options.peers is None:
+        options.peers = device.type == "cuda"
     not_native = ops.native_device_reason(device)
     if options.native is None:
-        options.native = not_native is None
+        options.native = device.type == "cuda" and not_native is None
     if options.native and not_native:
         parser.error(f"--native: {not_native}")
     if options.convolutions is not None and not_native:
@@ -165,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size=64 if quick else options.size,
         batch=options.batch or (2 if quick else None),
         rounds=options.repeats or (2 if quick else None),
-        compile=options.compile,
+        seconds=options.seconds,
+        peers=options.peers,
         native=options.native,
         quick=quick,
     )

@@ -78,7 +78,7 @@ def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, secon
 
     for case in settings.cases(subject, is_network=False):
         images = x[: batch_of(settings)].clone()
-        yield Job(case, block, images, draw, settings.effort(seconds), settings.compile, settings.native)
+        yield Job(case, block, images, draw, settings.effort(seconds), settings.peers, settings.native)
 
 
 def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:

@@ -5,6 +5,7 @@
 import dataclasses
 import functools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,11 +29,13 @@ from benchmarks import (  # noqa: E402
     convolutions,
     depth,
     device_clock,
+    entrant,
     networks,
+    processes,
     report,
 )
 from benchmarks.__main__ import main, parse  # noqa: E402
-from benchmarks.cases import Case, Job, Outcome, compiled_step, contestants  # noqa: E402
+from benchmarks.cases import Case, Job, Outcome, compiled_step  # noqa: E402
 from benchmarks.checks import DRAWS, Check, check  # noqa: E402
 from benchmarks.memory import bytes_kept  # noqa: E402
 from benchmarks.photographs import photographs  # noqa: E402
@@ -70,20 +73,97 @@ def test_a_block_from_the_command_line_to_the_files(tmp_path, capsys):
     assert plots == {"speed.png", "kept.png"}
 
 
-def test_a_network(tmp_path):
-    choice = ["--networks", "resnet18", "--mode", "inference", "--dtype", "float32"]
+def test_networks_race_in_processes_of_their_own(tmp_path, capsys):
+    choice = ["--networks", "resnet18", "--dtype", "float32", "--repeats", "1"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
-    (outcome,) = results(tmp_path, "residual.json")["outcomes"]
-    assert outcome["subject"] == "resnet18"
+    shown = capsys.readouterr().out
+    assert "all checks passed" in shown and "missing" not in shown
+    training, inference = results(tmp_path, "residual.json")["outcomes"]
+    assert set(training["peak_bytes"]) == {"eager", "fused", "minimal"}
+    assert set(inference["peak_bytes"]) == {"eager", "fused", "fold"}
+    for outcome in training, inference:
+        assert outcome["subject"] == "resnet18" and outcome["check"]["passed"] and outcome["rounds"] == 1
+        for name, peak in outcome["peak_bytes"].items():
+            assert outcome[f"{name}_seconds"]["median"] > 0
+            assert peak > 45e6  # more than the parameters
+        assert "eager_speed" not in outcome and outcome["fused_speed"]["median"] > 0
+    assert {path.name for path in tmp_path.glob("*/*.png")} == {"speed.png", "kept.png"}
 
 
-def test_a_network_in_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(networks, "build", None)  # not here
-    choice = ["--networks", "resnet18", "--mode", "training", "--dtype", "bfloat16"]
-    how = ["--size", "64", "--batch", "2", "--repeats", "2"]
-    assert main([*choice, *how, "--output", str(tmp_path)]) == 0
+def lap_of(seconds, peak=0, others=0.0):
+    return processes.Lap(seconds, peak, others)
+
+
+def test_processes_take_turns_and_who_goes_first_rotates():
+    calls = []
+
+    def run(name):
+        calls.append(name)
+        return lap_of(float(len(calls)), peak=len(calls), others=0.5 * (len(calls) % 2))
+
+    found, absent = processes.race("efc", 4, run)
+    assert "".join(calls) == "efc" + "fce" + "cef" + "efc"
+    assert found.seconds == {"e": [1.0, 6.0, 8.0, 10.0], "f": [2.0, 4.0, 9.0, 11.0], "c": [3.0, 5.0, 7.0, 12.0]}
+    assert found.time("e") == Spread(7.0, 4.75, 8.5) and found.rounds == 4
+    assert found.peak == {"e": 10, "f": 11, "c": 12} and found.others == 0.25 and not absent
+
+
+def test_whose_process_fails_is_out_of_the_race_and_the_others_go_on():
+    calls = []
+
+    def run(name):
+        calls.append(name)
+        if len(calls) == 4:
+            raise processes.Failed("RuntimeError: no more")
+        return lap_of(1.0)
+
+    found, absent = processes.race("efc", 3, run)
+    assert "".join(calls) == "efc" + "fce" + "ec"
+    assert absent == {"f": "RuntimeError: no more"}
+    assert found.seconds == {"e": [1.0] * 3, "c": [1.0] * 3} and set(found.peak) == {"e", "c"}
+
+
+class Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first}\n{second}")
+
+
+def raises():
+    raise Unpicklable("one", "two")
+
+
+def test_a_process_of_its_own():
+    assert processes.apart(os.getpid) != os.getpid()
+    assert processes.apart(os.getppid) != os.getpid()  # what the server forks starts from nothing but imports
+    with pytest.raises(processes.Failed, match="^Unpicklable: one two$"):
+        processes.apart(raises)
+    with pytest.raises(processes.Failed, match="BrokenProcessPool"):
+        processes.apart(os._exit, 1)  # as one that is killed for its memory
+
+
+def test_the_process_s_peak_is_its_own():
+    """Not its parent's, which a child that is started otherwise may begin with."""
+    mine = torch.ones(1 << 28)
+    assert processes.apart(entrant.peak) < mine.nbytes < entrant.peak()
+
+
+@pytest.mark.parametrize("name", ["eager", "fused"])
+def test_everything_but_the_one_that_failed_is_reported(name, tmp_path, capsys, monkeypatch):
+    right = processes.apart
+
+    def apart(function, entered, *arguments):
+        if entered == name:
+            raise processes.Failed("MemoryError: too little")
+        return right(function, entered, *arguments)
+
+    monkeypatch.setattr(processes, "apart", apart)
+    choice = ["--networks", "resnet18", "--mode", "inference", "--dtype", "float32", "--repeats", "1"]
+    assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"missing from the race: {name}: MemoryError: too little (1 of 1 cases)" in shown
     (outcome,) = results(tmp_path, "residual.json")["outcomes"]
-    assert outcome["check"]["passed"] and outcome["rounds"] == 2
+    assert outcome["absent"] == {name: "MemoryError: too little"} and f"{name}_seconds" not in outcome
+    assert outcome["fold_seconds"]["median"] > 0 and ("fold_speed" in outcome) == (name != "eager")
 
 
 def test_the_bottleneck(tmp_path, capsys):
@@ -134,14 +214,14 @@ class Broken(Slow):
 
 def test_compile_is_a_contestant(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: Slow(module))
-    assert main([*BLOCK, "--compile", "--dtype", "float32", "--output", str(tmp_path)]) == 0
+    assert main([*BLOCK, "--peers", "--dtype", "float32", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "compiled ms/image" in shown and "against compiled" in shown and "missing" not in shown
+    assert "compiled ms/image" in shown and "compiled speed" in shown and "missing" not in shown
     outcomes = results(tmp_path, "residual.json")["outcomes"]
     assert [o["mode"] for o in outcomes] == ["training", "inference"]
     for o in outcomes:
         assert o["compiled_seconds"]["low"] > Slow.SECONDS
-        assert "speed_against_compiled" in o and "absent" not in o
+        assert "compiled_speed" in o and "absent" not in o
 
 
 def outcome_of(times, absent):
@@ -153,30 +233,32 @@ def outcome_of(times, absent):
 
 def test_columns_of_the_contestants():
     first = outcome_of({"eager": 0.6, "fused": 0.2}, {"compiled": "TritonMissing: no Triton"})
-    second = outcome_of({"eager": 0.6, "fused": 0.2, "compiled": 0.1}, {})
+    second = outcome_of({"eager": 0.6, "fused": 0.2, "native": 0.3, "compiled": 0.1}, {})
     fused = ("300.00 [300.00, 300.00]", "100.00 [100.00, 100.00]", "3.00x [3.00, 3.00]")
-    assert report.speed_columns([first, second])[1:] == [
-        (*fused, "TritonMissing", ""),
-        (*fused, "50.00 [50.00, 50.00]", "0.50x [0.50, 0.50]"),
+    native = ("150.00 [150.00, 150.00]", "2.00x [2.00, 2.00]")
+    assert report.speed_columns([first, second]) == [
+        ("eager ms/image", *(f"{n} {what}" for n in ("fused", "native", "compiled") for what in ("ms/image", "speed"))),
+        (*fused, "", "", "TritonMissing", ""),
+        (*fused, *native, "50.00 [50.00, 50.00]", "6.00x [6.00, 6.00]"),
     ]
-    assert report.progress(first) == "check ok, speed 3.00x [3.00, 3.00], compiled: TritonMissing"
-    assert report.progress(second) == "check ok, speed 3.00x [3.00, 3.00], against compiled 0.50x [0.50, 0.50]"
-    assert report.summary([first, second]).split()[-2:] == ["3.00x", "0.50x"]
-    assert report.as_record(second)["speed_against_compiled"]["median"] == 0.5
+    assert report.progress(first) == "check ok, fused 3.00x [3.00, 3.00], compiled: TritonMissing"
+    speeds = "fused 3.00x [3.00, 3.00], native 2.00x [2.00, 2.00], compiled 6.00x [6.00, 6.00]"
+    assert report.progress(second) == f"check ok, {speeds}"
+    assert report.summary([first, second]).split()[-3:] == ["3.00x", "2.00x", "6.00x"]
+    assert report.as_record(second)["compiled_speed"]["median"] == pytest.approx(6.0)
     without = outcome_of({"eager": 0.6, "fused": 0.2}, {})
     assert report.speed_columns([without])[1:] == [fused]
-    assert "compiled" not in report.progress(without) + report.summary([without])
 
 
-def test_native_convolutions_have_columns_of_their_own():
-    first = outcome_of({"eager": 0.6, "fused": 0.2, "native": 0.1}, {})
-    cells = ("100.00 [100.00, 100.00]", "3.00x [3.00, 3.00]", "50.00 [50.00, 50.00]", "6.00x [6.00, 6.00]")
-    assert report.speed_columns([first])[1][1:] == cells
-    assert report.progress(first) == "check ok, speed 3.00x [3.00, 3.00], native 6.00x [6.00, 6.00]"
-    assert report.summary([first]).split()[-2:] == ["3.00x", "6.00x"]
-    assert report.as_record(first)["native_speed"]["median"] == pytest.approx(6.0)
-    without = outcome_of({"eager": 0.6, "fused": 0.2}, {})
-    assert "native" not in report.progress(without) + report.summary([without])
+def test_a_network_has_a_line_for_each_contestant():
+    race = Race({"eager": [0.6], "fused": [0.2]}, others=0.0, peak={"eager": 3 * 10**9, "fused": 2 * 10**9})
+    case = Case("resnet18", is_network=True, mode="training", dtype="float32")
+    absent = {"minimal": "MemoryError: too little"}
+    outcome = Outcome(case, 2, Check(1, 1, None, []), race, {"eager": 4e6, "fused": 3e6, "minimal": 2e6}, absent)
+    *_, eager, fused, minimal = report.outcome_table([outcome]).splitlines()
+    assert eager.split() == "resnet18 training float32 2 eager 300.00 [300.00, 300.00] 3.00 4.00 ok".split()
+    assert fused.split() == "fused 100.00 [100.00, 100.00] 3.00x [3.00, 3.00] 2.00 3.00".split()
+    assert minimal.split() == "minimal MemoryError 2.00".split()
 
 
 class Noting(nn.Conv2d):
@@ -205,7 +287,7 @@ def test_the_native_contestant_runs_on_the_native_engine(native, monkeypatch):
 
 def test_a_compiler_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: Broken(module))
-    assert main([*BLOCK, "--compile", "--dtype", "float32", "--output", str(tmp_path)]) == 0
+    assert main([*BLOCK, "--peers", "--dtype", "float32", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("resnet18.layer1.1 identity"))
     assert "RuntimeError" in line
@@ -213,12 +295,12 @@ def test_a_compiler_that_fails_is_left_out(tmp_path, capsys, monkeypatch):
     for o in results(tmp_path, "residual.json")["outcomes"]:
         assert o["absent"] == {"compiled": "RuntimeError: no compiler: look elsewhere"}
         assert o["fused_seconds"]["median"] > 0
-        assert "compiled_seconds" not in o and "speed_against_compiled" not in o
+        assert "compiled_seconds" not in o and "compiled_speed" not in o
 
 
 def test_compile_shows_where_times_are_plotted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **_: Slow(module))
-    choice = ["--bottleneck", "--mode", "inference", "--dtype", "float32", "--compile"]
+    choice = ["--bottleneck", "--mode", "inference", "--dtype", "float32", "--peers"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
     assert "compiled ms/image" in capsys.readouterr().out
     assert all("compiled_seconds" in o for o in results(tmp_path, "bottleneck.json")["outcomes"])
@@ -226,7 +308,7 @@ def test_compile_shows_where_times_are_plotted(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_torch_compile(tmp_path):
-    choice = ["--mode", "inference", "--dtype", "float32", "--compile"]
+    choice = ["--mode", "inference", "--dtype", "float32", "--peers"]
     assert main([*BLOCK, *choice, "--output", str(tmp_path)]) == 0
     (outcome,) = results(tmp_path, "residual.json")["outcomes"]
     assert outcome["compiled_seconds"]["median"] > 0
@@ -243,7 +325,7 @@ def test_every_case_is_compiled_however_many_there_are(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     case = Case("convolution", is_network=False, mode="inference", dtype="float32")
     for index in range(10):
-        module = contestants(nn.Sequential(nn.Conv2d(1, 2 + index, 1)), case)["eager"]
+        module = nn.Sequential(nn.Conv2d(1, 2 + index, 1))
         compiled_step(module, torch.ones(1, 1, 2, 2), case)
         assert len(compiled) == index + 1
 
@@ -251,8 +333,8 @@ def test_every_case_is_compiled_however_many_there_are(monkeypatch):
 def test_defaults_of_a_device():
     on_cpu, on_gpu = parse([]), parse(["--device", "cuda"])
     assert on_cpu.dtype == ("float32", "bfloat16") and on_gpu.dtype == ("float32", "bfloat16", "float16")
-    assert on_gpu.compile and not on_cpu.compile
-    assert not parse(["--device", "cuda", "--no-compile"]).compile
+    assert on_gpu.peers and not on_cpu.peers
+    assert not parse(["--device", "cuda", "--no-peers"]).peers
     assert on_cpu.blocks == on_cpu.networks == on_gpu.blocks == on_gpu.networks == ""
     assert on_cpu.bandwidth is None
 
