@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, networks, report
+from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, layers, networks, report, small
 from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
 from benchmarks.timing import Race
 from resnet_fused import ops
 
 RESULTS = Path(__file__).parent / "results"
 
-Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome)
+Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome, small.Outcome)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,6 +34,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pattern = {"nargs": "?", "const": "", "metavar": "PART"}
     choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1")
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
+    choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
+    choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")
     choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
@@ -77,8 +79,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--native: {not_native}")
     if options.convolutions is not None and not_native:
         parser.error(f"--convolutions: {not_native}")
-    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions)
-    if not (options.depth or options.bottleneck) and all(choice is None for choice in chosen):
+    for name, asked in (("--small", options.small), ("--profile", options.profile is not None)):
+        if asked and device.type != "cpu":
+            parser.error(f"{name}: on the CPU only")
+    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile)
+    if not (options.depth or options.bottleneck or options.small) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
         if device.type == "cuda" and ops.has_kernels(device):
             options.bandwidth = []
@@ -123,6 +128,24 @@ def run_depth(settings: Settings, folder: Path) -> list[Outcome]:
     report.write_json(folder / "depth.json", settings.device, depth.records(found))
     depth.plot(found, folder / "depth.png")
     return found
+
+
+def run_small(settings: Settings, folder: Path) -> list[small.Outcome]:
+    found = execute(small.jobs(settings), len(small.select(settings)), small.progress)
+    print("", small.table(found), "", sep="\n")
+    report.write_json(folder / "small.json", settings.device, small.records(found))
+    return found
+
+
+def run_profile(settings: Settings, part: str, folder: Path) -> None:
+    found = []
+    for profile in layers.profiles(networks.select(part), settings):
+        print("", layers.table(profile), sep="\n", flush=True)
+        found.append(layers.record(profile))
+    if not found:
+        raise SystemExit("no network has such a name")
+    print()
+    report.write_json(folder / "layers.json", settings.device, found)
 
 
 def run_bottleneck(settings: Settings, folder: Path) -> list[Outcome]:
@@ -188,11 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checked: list[Outcome | convolutions.Outcome] = list(outcomes)
     if options.convolutions is not None:
         checked += run_convolutions(settings, options.convolutions, folder)
-    races: list[Race] = [outcome.race for outcome in checked]
+    few = run_small(settings, folder) if options.small else []
+    races: list[Race] = [outcome.race for outcome in (*checked, *few)]
+    if options.profile is not None:
+        run_profile(settings, options.profile, folder)
     if options.bandwidth is not None:
         races += [outcome.race for outcome in run_bandwidth(settings, options.bandwidth, folder)]
 
-    for absence in report.absences(outcomes):
+    for absence in report.absences([*outcomes, *few]):
         print(f"missing from the race: {absence}")
     for outcome in checked:
         for failure in outcome.check.failures:

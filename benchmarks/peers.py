@@ -22,7 +22,8 @@ def compiled(module: nn.Module, *, training: bool) -> Iterator[nn.Module]:
 
     # Without it the earlier cases' versions of the same forward count, and from the ninth on nothing is compiled.
     torch.compiler.reset()
-    with inductor.patch(freezing=not training):
+    # Workers that compile in the background could still be busy when the step is timed.
+    with inductor.patch(freezing=not training, compile_threads=1):
         # The whole graph, so that nothing falls back to eager unnoticed.
         yield torch.compile(module, fullgraph=True)
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -38,6 +39,10 @@ STYLES = {
     "openvino": ("#c1121f", "X"),
 }
 NETWORK_COLOUR = "#1f4e9c"
+
+
+class HasAbsent(Protocol):
+    absent: dict[str, str]
 
 
 def device_name(device: torch.device) -> str:
@@ -123,7 +128,7 @@ def progress(outcome: Outcome) -> str:
     return ", ".join([f"check {outcome.check}", *speeds, *missing])
 
 
-def absences(outcomes: Sequence[Outcome]) -> list[str]:
+def absences(outcomes: Sequence[HasAbsent]) -> list[str]:
     """One line per contestant and reason for its absence, as short as lines of a terminal."""
     counts = Counter(f"{name}: {reason}" for o in outcomes for name, reason in o.absent.items())
     return [f"{textwrap.shorten(text, 300)} ({n} of {len(outcomes)} cases)" for text, n in counts.items()]
