@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +29,7 @@ class Signature:
         groups = self.input[1] // channels
         kind = f" /{self.stride[0]}" if self.stride[0] > 1 else ""
         kind += f" in {groups} groups" if groups > 1 else ""
-        return f"{self.input[1]}->{filters} {height}x{width}{kind} on {plane(self.input)}"
-
-
-def plane(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape[2:]))
+        return f"{self.input[1]}->{filters} {height}x{width}{kind} on {'x'.join(map(str, self.input[2:]))}"
 
 
 @dataclass(frozen=True)
