@@ -20,6 +20,7 @@ from benchmarks.timing import Race
 from resnet_fused import ops
 
 RESULTS = Path(__file__).parent / "results"
+BATCH = 8  # images, on a CPU where nothing is chosen: blocks and networks are done in minutes
 
 Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome, small.Outcome)
 
@@ -44,12 +45,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
-    usual = f"{CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
-    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {usual})")
+    usual = f"of blocks {blocks.BATCH}, of networks {networks.BATCH}, or {BATCH} without a choice"
+    usual += f"; on a GPU {CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
+    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default: {usual})")
     how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
     how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: 3 of processes, else by time)")
-    seconds = "of timing: of a block's case, of each process of a network (default: see benchmarks)"
-    how.add_argument("--seconds", type=float, metavar="S", help=seconds)
+    usual = f"{blocks.SECONDS:g}, of each process of a network {networks.SECONDS:g}"
+    how.add_argument("--seconds", type=float, metavar="S", help=f"of timing, per case (default: of a block {usual})")
     how.add_argument(
         "--peers",
         action=argparse.BooleanOptionalAction,
@@ -85,6 +87,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile)
     if not (options.depth or options.bottleneck or options.small) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
+        if device.type == "cpu" and not options.quick:
+            options.batch = options.batch or BATCH
         if device.type == "cuda" and ops.has_kernels(device):
             options.bandwidth = []
     if options.bandwidth is not None and not ops.has_kernels(device):

@@ -60,7 +60,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Race:
-    """Times of all contestants by name, round by round, in seconds per call."""
+    """Times of all contestants by name, round by round, in seconds per call (of a process, its median)."""
 
     seconds: dict[str, list[float]]
     others: float  # cores that other processes kept busy meanwhile
