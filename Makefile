@@ -22,6 +22,8 @@ CLANG_FORMAT := 23.1.5
 TORCH := torch>=2.11,<2.16
 # scikit-learn ships the photographs and digits that examples and benchmarks run on.
 PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pybind11 matplotlib scikit-learn
+# Other software that benchmarks can race against.
+PEERS := onnx onnxscript onnxruntime openvino
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)
@@ -46,7 +48,7 @@ TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 WHERE := $(PY) tests/gpusim/where.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test test-cuda test-gpusim kernel-report counted-cost simulate where build lint clean preflight
+.PHONY: help bench bench-peers test test-cuda test-gpusim kernel-report counted-cost simulate where build lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +60,10 @@ help:  ## list the targets
 
 bench: $(BUILT)  ## build, then run the benchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and OpenVINO, which it installs
+	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PEERS)
+	$(PY) -m benchmarks --networks resnet50 --peers $(BENCH_ARGS)
 
 test: $(BUILT)  ## build, then run the tests; without a GPU, quick ones of the CUDA kernels on a simulated one
 	$(PY) -m pytest tests $(TEST_ARGS)

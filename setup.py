@@ -206,6 +206,7 @@ def main() -> None:
         extras_require={
             "test": ["pytest", "torchvision", "scikit-learn"],
             "bench": ["torchvision", "scikit-learn", "matplotlib"],
+            "peers": ["onnx", "onnxscript", "onnxruntime", "openvino"],
         },
         ext_modules=[make_extension(torch, os.environ)],
         cmdclass={"build_ext": BuildChecked},

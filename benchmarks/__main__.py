@@ -14,14 +14,15 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, networks, report
+from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, layers, networks, report, small
 from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
 from benchmarks.timing import Race
 from resnet_fused import ops
 
 RESULTS = Path(__file__).parent / "results"
+BATCH = 8  # images, on a CPU where nothing is chosen: blocks and networks are done in minutes
 
-Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome)
+Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome, small.Outcome)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,6 +35,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     pattern = {"nargs": "?", "const": "", "metavar": "PART"}
     choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1")
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
+    choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
+    choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")
     choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
@@ -42,19 +45,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
-    usual = f"{CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
-    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default on a GPU: {usual})")
+    usual = f"of blocks {blocks.BATCH}, of networks {networks.BATCH}, or {BATCH} without a choice"
+    usual += f"; on a GPU {CUDA_BATCH}, of convolutions {' and '.join(map(str, convolutions.BATCHES))}"
+    how.add_argument("--batch", type=int, metavar="N", help=f"images per step (default: {usual})")
     how.add_argument("--size", type=int, default=224, metavar="PIXELS", help="height and width (default: 224)")
-    how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: as many as time allows)")
+    how.add_argument("--repeats", type=int, metavar="N", help="rounds per case (default: 3 of processes, else by time)")
+    usual = f"{blocks.SECONDS:g}, of each process of a network {networks.SECONDS:g}"
+    how.add_argument("--seconds", type=float, metavar="S", help=f"of timing, per case (default: of a block {usual})")
     how.add_argument(
-        "--compile",
+        "--peers",
         action=argparse.BooleanOptionalAction,
-        help="whether eager compiled by torch.compile takes part (default: on a GPU)",
+        help="whether others take part: torch.compile; in inference of networks on the CPU also ONNX Runtime and "
+        "OpenVINO (default: on a GPU)",
     )
     how.add_argument(
         "--native",
         action=argparse.BooleanOptionalAction,
-        help="whether fused with native convolutions takes part (default: where there are any)",
+        help="whether fused with native convolutions takes part (default: on a GPU, where there are any)",
     )
     how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
     how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
@@ -65,18 +72,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for dtype in options.dtype:
         if dtype not in dtypes_of(device):
             parser.error(f"--dtype {dtype}: not measured on {device}")
-    if options.compile is None:
-        options.compile = device.type == "cuda"
+    if options.peers is None:
+        options.peers = device.type == "cuda"
     not_native = ops.native_device_reason(device)
     if options.native is None:
-        options.native = not_native is None
+        options.native = device.type == "cuda" and not_native is None
     if options.native and not_native:
         parser.error(f"--native: {not_native}")
     if options.convolutions is not None and not_native:
         parser.error(f"--convolutions: {not_native}")
-    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions)
-    if not (options.depth or options.bottleneck) and all(choice is None for choice in chosen):
+    for name, asked in (("--small", options.small), ("--profile", options.profile is not None)):
+        if asked and device.type != "cpu":
+            parser.error(f"{name}: on the CPU only")
+    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile)
+    if not (options.depth or options.bottleneck or options.small) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
+        if device.type == "cpu" and not options.quick:
+            options.batch = options.batch or BATCH
         if device.type == "cuda" and ops.has_kernels(device):
             options.bandwidth = []
     if options.bandwidth is not None and not ops.has_kernels(device):
@@ -122,6 +134,24 @@ def run_depth(settings: Settings, folder: Path) -> list[Outcome]:
     return found
 
 
+def run_small(settings: Settings, folder: Path) -> list[small.Outcome]:
+    found = execute(small.jobs(settings), len(small.select(settings)), small.progress)
+    print("", small.table(found), "", sep="\n")
+    report.write_json(folder / "small.json", settings.device, small.records(found))
+    return found
+
+
+def run_profile(settings: Settings, part: str, folder: Path) -> None:
+    found = []
+    for profile in layers.profiles(networks.select(part), settings):
+        print("", layers.table(profile), sep="\n", flush=True)
+        found.append(layers.record(profile))
+    if not found:
+        raise SystemExit("no network has such a name")
+    print()
+    report.write_json(folder / "layers.json", settings.device, found)
+
+
 def run_bottleneck(settings: Settings, folder: Path) -> list[Outcome]:
     found = execute(bottleneck.jobs(settings), settings.cases_per_subject * 2, report.progress)
     print("", bottleneck.table(found, settings.size), "", sep="\n")
@@ -165,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size=64 if quick else options.size,
         batch=options.batch or (2 if quick else None),
         rounds=options.repeats or (2 if quick else None),
-        compile=options.compile,
+        seconds=options.seconds,
+        peers=options.peers,
         native=options.native,
         quick=quick,
     )
@@ -184,11 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checked: list[Outcome | convolutions.Outcome] = list(outcomes)
     if options.convolutions is not None:
         checked += run_convolutions(settings, options.convolutions, folder)
-    races: list[Race] = [outcome.race for outcome in checked]
+    few = run_small(settings, folder) if options.small else []
+    races: list[Race] = [outcome.race for outcome in (*checked, *few)]
+    if options.profile is not None:
+        run_profile(settings, options.profile, folder)
     if options.bandwidth is not None:
         races += [outcome.race for outcome in run_bandwidth(settings, options.bandwidth, folder)]
 
-    for absence in report.absences(outcomes):
+    for absence in report.absences([*outcomes, *few]):
         print(f"missing from the race: {absence}")
     for outcome in checked:
         for failure in outcome.check.failures:

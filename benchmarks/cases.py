@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""One case: a module, eager, fused, fused with native convolutions, compiled: checked, timed, kept bytes counted."""
+"""One case: a module and its contestants, checked, their kept bytes counted, timed in turn in this process."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,17 @@ from torch import Tensor, nn
 import resnet_fused
 from benchmarks.checks import Check, check
 from benchmarks.memory import bytes_kept
-from benchmarks.timing import Effort, Race, race
+from benchmarks.peers import compiled
+from benchmarks.timing import Effort, Race, race, reason_of
 from resnet_fused import testing
 
 MODES = ("training", "inference")
+# Of small work besides: evaluation that records a graph, and a frozen network's gradient of its input.
+MORE_MODES = ("evaluation", "input gradient")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The engine that each contestant runs on.
-ENGINES = {"eager": "auto", "fused": "auto", "minimal": "auto", "native": "native"}
+ENGINES = {"eager": "auto", "fused": "auto", "minimal": "auto", "fold": "auto", "native": "native"}
 
 CUDA_BATCH = 64  # images, of blocks and networks alike: enough to fill a GPU, few enough for 16 GB of its memory
 
@@ -41,6 +44,7 @@ class Case:
     is_network: bool
     mode: str
     dtype: str
+    layout: torch.memory_format = torch.channels_last
 
     def __str__(self) -> str:
         return f"{self.subject}, {self.mode}, {self.dtype}"
@@ -88,14 +92,15 @@ class Settings:
     size: int = 224  # pixels
     batch: int | None = None  # images
     rounds: int | None = None
-    compile: bool = False  # whether torch.compile takes part
+    seconds: float | None = None  # of timing: of a block's case, of each process of a network
+    peers: bool = False  # whether other software takes part
     native: bool = False  # whether fused with native convolutions takes part
     quick: bool = False
 
     @property
-    def isolated(self) -> bool:
-        """Whether every network's case gets a process of its own; on a GPU nothing depends on the C library."""
-        return self.device.type == "cpu" and not self.quick
+    def apart(self) -> bool:
+        """Whether a network's contestants run in processes of their own; on a GPU nothing depends on the C library."""
+        return self.device.type == "cpu"
 
     def batch_or(self, usual: int) -> int:
         """The number of images asked for, or else what is usual: on a CPU ``usual``."""
@@ -112,21 +117,25 @@ class Settings:
                 yield Case(subject, is_network, mode, dtype)
 
     def effort(self, seconds: float) -> Effort:
-        """The number of rounds asked for, or else some that take ``seconds``."""
-        return Effort.exactly(self.rounds) if self.rounds else Effort(seconds)
+        """The number of rounds asked for, or else some that take the seconds asked for, or else ``seconds``."""
+        return Effort.exactly(self.rounds) if self.rounds else Effort(self.seconds or seconds)
 
 
-def contestants(module: nn.Module, case: Case, *, native: bool = False) -> dict[str, nn.Module]:
-    """Copies of ``module`` for the case: "eager", "fused", in training "minimal" (memory), if asked for "native"."""
-    eager = copy.deepcopy(module).to(case.module_dtype, memory_format=torch.channels_last).train(case.training)
-    result = {"eager": eager, "fused": copy.deepcopy(eager)}
-    resnet_fused.fuse(result["fused"])
-    if case.training:
-        result["minimal"] = copy.deepcopy(result["fused"])
-        resnet_fused.set_memory(result["minimal"], "minimal")
-    if native:
-        result["native"] = copy.deepcopy(result["fused"])
-    return result
+def enter(name: str, module: nn.Module, case: Case) -> nn.Module:
+    """``module`` itself, or a copy, made the contestant of that name, a key of `ENGINES`."""
+    module = module.to(case.module_dtype, memory_format=case.layout).train(case.training)
+    if name == "fold":
+        return resnet_fused.fold(module)
+    if name != "eager":
+        resnet_fused.fuse(module)
+    if name == "minimal":
+        resnet_fused.set_memory(module, "minimal")
+    return module
+
+
+def contestants(module: nn.Module, case: Case, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Copies of ``module`` for the case, one for each name."""
+    return {name: enter(name, copy.deepcopy(module), case) for name in names}
 
 
 def forward(module: nn.Module, x: Tensor, case: Case) -> Tensor:
@@ -169,8 +178,12 @@ def network_training_step(module: nn.Module, x: Tensor, case: Case) -> Callable[
 
 def make_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
     """The call that is timed."""
-    if not case.training:
+    if case.mode == "inference":
         return inference_step(module, x, case)
+    if case.mode == "evaluation":
+        return lambda: forward(module, x, case)
+    if case.mode == "input gradient":
+        return block_training_step(module.requires_grad_(False), x, case)
     return network_training_step(module, x, case) if case.is_network else block_training_step(module, x, case)
 
 
@@ -186,12 +199,30 @@ def on_engine(name: str, step: Callable[[], object]) -> Callable[[], object]:
 
 def compiled_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
     """`make_step` of a copy of ``module`` under torch.compile, compiled already; what goes wrong raises."""
-    # Without it the earlier cases' versions of the same forward count, and from the ninth on nothing is compiled.
-    torch.compiler.reset()
-    # The whole graph, so that nothing falls back to eager unnoticed.
-    step = make_step(torch.compile(copy.deepcopy(module), fullgraph=True), x, case)
-    step()
+    with compiled(copy.deepcopy(module), training=case.training) as network:
+        step = make_step(network, x, case)
+        step()
     return step
+
+
+def verify(
+    modules: dict[str, nn.Module], x: Tensor, draw: Callable[[int], Tensor], case: Case
+) -> tuple[Check, dict[str, float]]:
+    """Hold the others of ``modules`` against "eager" on ``draw(0)``, ...; bytes per image of ``x`` that each keeps."""
+    verdict = check(
+        modules["eager"],
+        {name: module for name, module in modules.items() if name != "eager"},
+        lambda index: draw(index).to(case.input_dtype),
+        autocast=case.autocast,
+        gradients=case.training,
+        engines=ENGINES,
+    )
+    kept = {}
+    if case.training:
+        for name, module in modules.items():
+            with resnet_fused.engine(ENGINES[name]):
+                kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
+    return verdict, kept
 
 
 @dataclass(frozen=True)
@@ -209,27 +240,15 @@ class Job:
     def run(self) -> Outcome:
         """Check and time it."""
         case = self.case
-        modules = contestants(self.module, case, native=self.native)
+        racing = ("eager", "fused", *(("native",) if self.native else ()))
+        modules = contestants(self.module, case, (*racing, *(("minimal",) if case.training else ())))
         x = self.x.to(case.input_dtype)
-        verdict = check(
-            modules["eager"],
-            {name: module for name, module in modules.items() if name != "eager"},
-            lambda draw: self.draw(draw).to(case.input_dtype),
-            autocast=case.autocast,
-            gradients=case.training,
-            engines=ENGINES,
-        )
-        kept = {}
-        if case.training:
-            for name, module in modules.items():
-                with resnet_fused.engine(ENGINES[name]):
-                    kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
-        racing = [name for name in modules if name != "minimal"]
+        verdict, kept = verify(modules, x, self.draw, case)
         steps = {name: on_engine(ENGINES[name], make_step(modules[name], x, case)) for name in racing}
         absent = {}
         if self.compile:
             try:
                 steps["compiled"] = compiled_step(modules["eager"], x, case)
             except Exception as error:  # whatever a compiler may raise: the others race without it
-                absent["compiled"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                absent["compiled"] = reason_of(error)
         return Outcome(case, len(x), verdict, race(steps, x.device, self.effort), kept, absent)

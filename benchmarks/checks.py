@@ -59,7 +59,9 @@ def check(
         for label, module in fused.items():
             with resnet_fused.engine(engines[label]):
                 found = testing.observe(module, x, autocast=autocast, gradients=gradients)
-            for c in testing.compare_observations(found, seen, reference, precision=autocast or x.dtype):
+            # Folding leaves fewer buffers; where nothing is learnt they say little.
+            expected = seen if gradients else {name: seen[name] for name in found}
+            for c in testing.compare_observations(found, expected, reference, precision=autocast or x.dtype):
                 key = label, c.name
                 if c.passed:
                     accepted.setdefault(key, c)

@@ -5,25 +5,32 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, Job, Outcome, Settings
+from benchmarks import processes
+from benchmarks.cases import Case, Job, Outcome, Settings, contestants, verify
+from benchmarks.entrant import Stored, lap
+from benchmarks.peers import RUNTIMES, export
 from benchmarks.photographs import photographs
+from benchmarks.timing import Effort
 
 NETWORKS = ("resnet18", "resnet50")
 
 # Checked on smaller images than timed: float64 is slow, and every kernel sees the same kind of work.
-CHECK_BATCH = 8  # images
+CHECK_BATCH = 4  # images
 CHECK_SIZE = 64  # pixels
 
 BATCH = 16  # images, on a CPU
-SECONDS = 12.0  # of timing, per case
+ROUNDS = 3  # of processes
+SECONDS = 0.5  # of timing in each process, after a step that isn't counted
+CUDA_SECONDS = 12.0  # of timing, per case
 
 
 def select(part: str | None) -> list[str]:
@@ -66,39 +73,102 @@ def check_images(device: torch.device, draw: int) -> Tensor:
     return photographs(CHECK_BATCH, CHECK_SIZE, seed=draw, device=device)
 
 
+def ours(case: Case, *, variants: bool, native: bool) -> tuple[str, ...]:
+    """The contestants of a case on a CPU.
+
+    ``variants``: minimal memory, or folding, takes part; ``native``: so do native convolutions.
+    """
+    names = ("eager", "fused")
+    if variants:
+        names += ("minimal" if case.training else "fold",)
+    return (*names, "native") if native else names
+
+
+def others(case: Case) -> tuple[str, ...]:
+    """What else can take part in a case on a CPU."""
+    return ("compiled", *(name for name, dtypes in RUNTIMES.items() if not case.training and case.dtype in dtypes))
+
+
 @dataclass(frozen=True)
 class NetworkJob:
-    """A case of a network by its name."""
+    """A case of a network by its name; ``stored``: where all cases of the network find it."""
 
     case: Case
     settings: Settings
     batch: int
-    seconds: float
+    variants: bool
+    cuda_seconds: float
+    stored: Stored
 
     def run(self) -> Outcome:
-        """Check and time it, in a process of its own if the settings say so.
+        """Check and time it."""
+        return self.run_apart() if self.settings.apart else self.run_here()
 
-        What a process did before decides whether the C library keeps freed memory or returns it, by which a network's
-        time on the CPU changes by a third; users start a process for one network and one purpose.
-        """
-        if not self.settings.isolated:
-            return self.run_here()
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(self.run_here)
+    @property
+    def images(self) -> Tensor:
+        return photographs(self.settings.batch_or(self.batch), self.settings.size, device=self.settings.device)
 
     def run_here(self) -> Outcome:
-        settings = self.settings
-        images = photographs(settings.batch_or(self.batch), settings.size, device=settings.device)
+        settings, images = self.settings, self.images
         draw = functools.partial(check_images, settings.device)
         network = build(self.case.subject, images)
-        effort = settings.effort(self.seconds)
-        return Job(self.case, network, images, draw, effort, settings.compile, settings.native).run()
+        effort = settings.effort(self.cuda_seconds)
+        return Job(self.case, network, images, draw, effort, settings.peers, settings.native).run()
+
+    def run_apart(self) -> Outcome:
+        """Check it here, time it in processes."""
+        case, settings = self.case, self.settings
+        if not self.stored.network.exists():
+            images = self.images
+            self.stored.save(build(case.subject, images), images)
+        network, images = self.stored.load()
+        names = ours(case, variants=self.variants, native=settings.native)
+        x, draw = images.to(case.input_dtype), functools.partial(check_images, settings.device)
+        verdict, kept = verify(contestants(network, case, names), x, draw, case)
+        del network
+        absent = {}
+        if settings.peers:
+            absent = self.without_export(others(case))
+            names += tuple(name for name in others(case) if name not in absent)
+        race, failed = processes.race(
+            names, settings.rounds or ROUNDS, lambda name: processes.apart(lap, name, self.stored, case, self.effort)
+        )
+        return Outcome(case, len(images), verdict, race, kept, absent | failed)
+
+    @property
+    def effort(self) -> Effort:
+        """Of one process."""
+        return Effort.exactly(1) if self.settings.quick else Effort(self.settings.seconds or SECONDS, fewest_rounds=1)
+
+    def without_export(self, names: Sequence[str]) -> dict[str, str]:
+        """Export the network once for those of ``names`` that need it; why they can't take part, if that fails."""
+        needy = [name for name in names if name in RUNTIMES]
+        if needy and not self.stored.exported.exists():
+            try:
+                processes.apart(_export, self.stored)
+            except processes.Failed as failure:
+                return dict.fromkeys(needy, f"not exported: {failure}")
+        return {}
+
+
+def _export(stored: Stored) -> None:
+    export(*stored.load(), stored.exported)
 
 
 def jobs(
-    names: Sequence[str], settings: Settings, *, batch: int = BATCH, seconds: float = SECONDS
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    batch: int = BATCH,
+    variants: bool = True,
+    cuda_seconds: float = CUDA_SECONDS,
 ) -> Iterator[NetworkJob]:
-    """Every case of the named networks; ``batch`` is for CPUs and what the settings may override."""
+    """Every case of the named networks, each to be run before the next is asked for.
+
+    ``batch`` and ``variants``, as in `ours`, are for CPUs, ``cuda_seconds`` of timing for GPUs; the settings may
+    override numbers.
+    """
     for name in names:
-        for case in settings.cases(name, is_network=True):
-            yield NetworkJob(case, settings, batch, seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            for case in settings.cases(name, is_network=True):
+                yield NetworkJob(case, settings, batch, variants, cuda_seconds, Stored(Path(folder)))

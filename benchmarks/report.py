@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 
@@ -26,12 +27,22 @@ from benchmarks.cases import Outcome
 from benchmarks.tables import table
 from benchmarks.timing import Race, Spread
 
-EAGER_COLOUR = "#9aa5b1"
-FUSED_COLOUR = "#4f8fe6"
+# Contestants as they are listed, each with its colour and its mark in plots.
+STYLES = {
+    "eager": ("#9aa5b1", "|"),
+    "fused": ("#4f8fe6", "|"),
+    "minimal": ("#2da44e", "s"),
+    "fold": ("#14746f", "^"),
+    "native": ("#b0457a", "o"),
+    "compiled": ("#d9822b", "D"),
+    "onnxruntime": ("#7a5195", "P"),
+    "openvino": ("#c1121f", "X"),
+}
 NETWORK_COLOUR = "#1f4e9c"
-NATIVE_COLOUR = "#b0457a"
-COMPILED_COLOUR = "#d9822b"
-MINIMAL_COLOUR = "#2da44e"
+
+
+class HasAbsent(Protocol):
+    absent: dict[str, str]
 
 
 def device_name(device: torch.device) -> str:
@@ -84,61 +95,56 @@ def ratio(spread: Spread) -> str:
     return f"{spread.median:.2f}x [{spread.low:.2f}, {spread.high:.2f}]"
 
 
-def compiled_cells(outcome: Outcome) -> tuple[str, str]:
-    """torch.compile's time and how much faster fused is, or why there is none."""
-    race = outcome.race
-    if "compiled" not in race.seconds:
-        return outcome.absent["compiled"].partition(":")[0], ""
-    return milliseconds(race.time("compiled"), outcome.batch), ratio(race.speed("fused", "compiled"))
+def entered(outcomes: Sequence[Outcome]) -> list[str]:
+    """The contestants of any of the outcomes, those that are absent, too."""
+    names = {name for o in outcomes for name in (*o.race.seconds, *o.absent)}
+    return [name for name in STYLES if name in names]
 
 
-def with_compile(outcomes: Sequence[Outcome]) -> bool:
-    """Whether torch.compile was to take part in ``outcomes``, which are those of one run."""
-    return any("compiled" in o.race.seconds or "compiled" in o.absent for o in outcomes)
+def speed_of(name: str, outcome: Outcome) -> str:
+    """Eager's time over the contestant's, if both are there and differ."""
+    return ratio(outcome.race.speed(name, "eager")) if name in outcome.race.compared else ""
 
 
-def with_native(outcomes: Sequence[Outcome]) -> bool:
-    """Whether native convolutions took part in ``outcomes``, which are those of one run."""
-    return any("native" in o.race.seconds for o in outcomes)
+def time_of(name: str, outcome: Outcome) -> str:
+    """The contestant's time, or why there is none."""
+    if name in outcome.race.seconds:
+        return milliseconds(outcome.race.time(name), outcome.batch)
+    return outcome.absent.get(name, "").partition(":")[0]
 
 
 def speed_columns(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """A table's columns of times and speeds: their headers, then the cells of every outcome."""
-    native, compiled = with_native(outcomes), with_compile(outcomes)
-    header = ["eager ms/image", "fused ms/image", "speed"]
-    header += ["native ms/image", "native speed"] if native else []
-    header += ["compiled ms/image", "speed against it"] if compiled else []
-    rows = [tuple(header)]
-    for o in outcomes:
-        cells = [milliseconds(o.race.time("eager"), o.batch)]
-        for name in ("fused", "native") if native else ("fused",):
-            cells += [milliseconds(o.race.time(name), o.batch), ratio(o.race.speed(name, "eager"))]
-        rows.append((*cells, *(compiled_cells(o) if compiled else ())))
-    return rows
+    """A table's columns of times and of speeds against eager: their headers, then the cells of every outcome."""
+    kinds = (("ms/image", time_of), ("speed", speed_of))
+    columns = {f"{name} {what}": (name, cell) for name in entered(outcomes) for what, cell in kinds}
+    columns.pop("eager speed", None)
+    return [tuple(columns), *(tuple(cell(name, o) for name, cell in columns.values()) for o in outcomes)]
 
 
 def progress(outcome: Outcome) -> str:
     """What the line of progress says of the outcome."""
-    text = f"check {outcome.check}, speed {ratio(outcome.race.speed('fused', 'eager'))}"
-    if with_native([outcome]):
-        text += f", native {ratio(outcome.race.speed('native', 'eager'))}"
-    if with_compile([outcome]):
-        time, speed = compiled_cells(outcome)
-        text += f", against compiled {speed}" if speed else f", compiled: {time}"
-    return text
+    speeds = [f"{name} {speed_of(name, outcome)}" for name in outcome.race.compared]
+    missing = [f"{name}: {time_of(name, outcome)}" for name in outcome.absent]
+    return ", ".join([f"check {outcome.check}", *speeds, *missing])
 
 
-def absences(outcomes: Sequence[Outcome]) -> list[str]:
+def absences(outcomes: Sequence[HasAbsent]) -> list[str]:
     """One line per contestant and reason for its absence, as short as lines of a terminal."""
     counts = Counter(f"{name}: {reason}" for o in outcomes for name, reason in o.absent.items())
     return [f"{textwrap.shorten(text, 300)} ({n} of {len(outcomes)} cases)" for text, n in counts.items()]
 
 
 def kept_ratio(outcome: Outcome, contestant: str) -> str:
-    return f"{outcome.kept[contestant] / outcome.kept['eager']:.2f}x" if outcome.kept else ""
+    return f"{outcome.kept[contestant] / outcome.kept['eager']:.2f}x" if contestant in outcome.kept else ""
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
+    """One line per case of a block, then one per contestant of a network's."""
+    found = [o for o in outcomes if not o.case.is_network], [o for o in outcomes if o.case.is_network]
+    return "\n\n".join(make(some) for make, some in zip((block_table, network_table), found, strict=True) if some)
+
+
+def block_table(outcomes: Sequence[Outcome]) -> str:
     """One line per case."""
     speed_header, *speeds = speed_columns(outcomes)
     header = ("", "mode", "dtype", "batch", *speed_header, "kept MB/image", "fused", "minimal", "check")
@@ -159,28 +165,39 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     return table(header, rows)
 
 
+def network_table(outcomes: Sequence[Outcome]) -> str:
+    """One line per case and contestant; "peak" is of the contestant's process."""
+    rows = []
+    for o in outcomes:
+        case = (o.case.subject, o.case.mode, o.case.dtype, str(o.batch))
+        verdict = str(o.check)
+        for name in entered([o]):
+            peak = f"{o.race.peak[name] / 1e9:.2f}" if name in o.race.peak else ""
+            kept = f"{o.kept[name] / 1e6:.2f}" if name in o.kept else ""
+            rows.append((*case, name, time_of(name, o), speed_of(name, o), peak, kept, verdict))
+            case, verdict = ("",) * len(case), ""
+    header = ("", "mode", "dtype", "batch", "", "ms/image", "speed", "peak GB", "kept MB/image", "check")
+    return table(header, rows)
+
+
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Geometric means of the blocks' speeds and each network's, by mode and dtype."""
+    """Geometric means of the blocks' speeds and each network's against eager, by mode and dtype."""
     groups: dict[tuple[str, str, str], list[Race]] = {}
     for o in outcomes:
         name = o.case.subject if o.case.is_network else f"{o.case.subject.partition('.')[0]}'s blocks"
         groups.setdefault((name, o.case.mode, o.case.dtype), []).append(o.race)
 
-    def mean(races: Sequence[Race], name: str, against: str) -> str:
-        speeds = [race.speed(name, against).median for race in races if against in race.seconds]
+    def mean(races: Sequence[Race], name: str) -> str:
+        speeds = [race.speed(name, "eager").median for race in races if name in race.compared]
         return f"{statistics.geometric_mean(speeds):.2f}x" if speeds else ""
 
-    columns = {"speed": ("fused", "eager")}
-    if with_native(outcomes):
-        columns["native speed"] = ("native", "eager")
-    if with_compile(outcomes):
-        columns["against compiled"] = ("fused", "compiled")
-    rows = [(*key, *(mean(races, *pair) for pair in columns.values())) for key, races in groups.items()]
-    return table(("geometric mean of speeds", "mode", "dtype", *columns), rows)
+    names = [name for name in entered(outcomes) if name != "eager"]
+    rows = [(*key, *(mean(races, name) for name in names)) for key, races in groups.items()]
+    return table(("geometric mean of speeds", "mode", "dtype", *names), rows)
 
 
 def as_record(outcome: Outcome) -> dict[str, object]:
-    """The outcome as JSON; times in seconds per batch, kept bytes per image."""
+    """The outcome as JSON; times in seconds per batch, speeds against eager, kept bytes per image."""
     case, check, race = outcome.case, outcome.check, outcome.race
     record = {
         "subject": case.subject,
@@ -195,15 +212,13 @@ def as_record(outcome: Outcome) -> dict[str, object]:
             "failures": check.failures,
         },
         **{f"{name}_seconds": asdict(race.time(name)) for name in race.seconds},
-        "speed": asdict(race.speed("fused", "eager")),
+        **{f"{name}_speed": asdict(race.speed(name, "eager")) for name in race.compared},
         "cores_busy_with_others": race.others,
         "rounds": race.rounds,
         "kept_bytes_per_image": outcome.kept,
     }
-    if "native" in race.seconds:
-        record["native_speed"] = asdict(race.speed("native", "eager"))
-    if "compiled" in race.seconds:
-        record["speed_against_compiled"] = asdict(race.speed("fused", "compiled"))
+    if race.peak:
+        record["peak_bytes"] = race.peak
     if outcome.absent:
         record["absent"] = outcome.absent
     return record
@@ -229,31 +244,40 @@ def panels(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def plot_speed(outcomes: Sequence[Outcome], path: Path, device: torch.device) -> None:
-    """Speed with quartiles, one panel per mode and dtype."""
-    groups = panels(outcomes)
+    """Speed with quartiles, one panel per mode and dtype; contestants besides fused are marks."""
+    groups = panels([o for o in outcomes if "fused" in o.race.compared])
+    if not groups:
+        return
     most = max(map(len, groups.values()))
     shape = (2 + 3 * len(groups), 1.4 + 0.28 * most)
     figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False, sharex=True, sharey=True)
+    marks = {}
     for ax, (title, group) in zip(axes[0], groups.items(), strict=True):
         speeds = [o.race.speed("fused", "eager") for o in group]
         medians = [s.median for s in speeds]
         spread = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
-        colours = [NETWORK_COLOUR if o.case.is_network else FUSED_COLOUR for o in group]
+        colours = [NETWORK_COLOUR if o.case.is_network else STYLES["fused"][0] for o in group]
         ax.barh([o.case.subject for o in group], medians, xerr=spread, color=colours, ecolor="#555555")
-        for name, marker, colour in (("native", "o", NATIVE_COLOUR), ("compiled", "D", COMPILED_COLOUR)):
-            present = [o for o in group if name in o.race.seconds]
-            medians = [o.race.speed(name, "eager").median for o in present]
-            ax.plot(medians, [o.case.subject for o in present], marker, color=colour, linestyle="none")
+        for name in entered(group):
+            present = [o for o in group if name in o.race.compared]
+            if present and name != "fused":
+                medians = [o.race.speed(name, "eager").median for o in present]
+                subjects = [o.case.subject for o in present]
+                colour, mark = STYLES[name]
+                (marks[name],) = ax.plot(medians, subjects, mark, color=colour, linestyle="none")
         ax.axvline(1.0, color="black", linewidth=0.8)
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
     axes[0][0].invert_yaxis()
-    also = "; circles: with native convolutions" if with_native(outcomes) else ""
-    also += "; diamonds: eager's time / torch.compile's" if with_compile(outcomes) else ""
-    figure.supxlabel(f"eager's time / fused time (median, quartiles); above 1 is faster{also}", fontsize=9)
-    figure.suptitle(f"Speed, fused against eager: {device_name(device)}", fontsize=11)
+    if marks:
+        figure.legend(marks.values(), marks.keys(), fontsize=8, loc="lower left")
+    figure.supxlabel("eager's time / fused time (median, quartiles); above 1 is faster", fontsize=9)
+    figure.suptitle(f"Speed against eager: {device_name(device)}", fontsize=11)
     figure.tight_layout()
     save(figure, path)
+
+
+KEPT_LABELS = {"fused": "fused", "minimal": 'fused, memory="minimal"'}
 
 
 def plot_kept(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -264,7 +288,7 @@ def plot_kept(outcomes: Sequence[Outcome], path: Path) -> None:
     most = max(map(len, groups.values()))
     shape = (3 + 3 * len(groups), 1.4 + 0.34 * most)
     figure, axes = plt.subplots(1, len(groups), figsize=shape, squeeze=False, sharex=True, sharey=True)
-    bars = [("fused", "fused", FUSED_COLOUR), ("minimal", 'fused, memory="minimal"', MINIMAL_COLOUR)]
+    bars = [(name, label, STYLES[name][0]) for name, label in KEPT_LABELS.items()]
     for ax, (title, group) in zip(axes[0], groups.items(), strict=True):
         for index, (name, label, colour) in enumerate(bars):
             positions = [row + 0.4 * index - 0.2 for row in range(len(group))]
@@ -285,10 +309,7 @@ def plot_times(
 ) -> None:
     """Milliseconds per image of ``subjects`` (shown as ``names``), one panel per mode and dtype."""
     groups = panels(outcomes)
-    colours = {"eager": EAGER_COLOUR, "fused": FUSED_COLOUR}
-    for name, colour in (("native", NATIVE_COLOUR), ("compiled", COMPILED_COLOUR)):
-        if any(name in o.race.seconds for o in outcomes):
-            colours[name] = colour
+    colours = {name: STYLES[name][0] for name in entered(outcomes)}
     width = 0.8 / len(colours)
     bars = [((i + 0.5) * width - 0.4, name, colour) for i, (name, colour) in enumerate(colours.items())]
     shape = (1 + 0.9 * len(names) * len(groups), 3.6)

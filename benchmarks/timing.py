@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -60,15 +60,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Race:
-    """Times of all contestants by name, round by round, in seconds per call."""
+    """Times of all contestants by name, round by round, in seconds per call (of a process, its median)."""
 
     seconds: dict[str, list[float]]
     others: float  # cores that other processes kept busy meanwhile
     spare: float = 0.0  # cores that the contestants had no use for
+    peak: dict[str, int] = field(default_factory=dict)  # bytes that a contestant's process had in memory at most
 
     @property
     def rounds(self) -> int:
-        return len(next(iter(self.seconds.values())))
+        return max(map(len, self.seconds.values()), default=0)
 
     def time(self, name: str) -> Spread:
         """Seconds per call of the contestant."""
@@ -79,8 +80,24 @@ class Race:
         return Spread.of([a / s for a, s in zip(self.seconds[against], self.seconds[name], strict=True)])
 
     @property
+    def compared(self) -> list[str]:
+        """Those that have a speed against eager."""
+        return [name for name in self.seconds if name != "eager"] if "eager" in self.seconds else []
+
+    @property
     def disturbed(self) -> bool:
         return self.others > self.spare + DISTURBED
+
+
+def rotated(names: Sequence[str], index: int) -> list[str]:
+    """``names`` in the order of the round of that index."""
+    first = index % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def others_seconds() -> float:
@@ -134,8 +151,7 @@ def race(
     for index in range(effort.most_rounds):
         if index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
             break
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, index):
             times[name].append(measure(contestants[name]))
     elapsed = time.perf_counter() - start
     spare = 0.0 if device.type == "cpu" else max(0.0, (os.cpu_count() or 1) - FEEDING_CORES)
