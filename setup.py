@@ -39,6 +39,7 @@ CPP_SOURCES = [
     "csrc/cpu/conv/kernels_baseline.cpp",
     "csrc/cpu/conv/kernels_avx2.cpp",
     "csrc/cpu/conv/kernels_avx512.cpp",
+    "csrc/cpu/conv/kernels_avx512_bf16.cpp",
     "csrc/cpu/conv/microkernel.cpp",
     "csrc/cpu/conv/results.cpp",
     "csrc/cpu/conv/wgrad.cpp",

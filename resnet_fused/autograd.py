@@ -73,6 +73,14 @@ class _Plan(NamedTuple):
     def projection(self) -> int:
         return len(self.units) - 1
 
+    def weight(self, i: int, x: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Unit i's weight as its convolution takes it: native ones on the CPU cast float32 while they read it."""
+        if weight is None or not self.cast_weights:
+            return weight
+        if self.units[i].native and x.device.type == "cpu" and weight.dtype == torch.float32:
+            return weight
+        return weight.to(x.dtype)
+
     def reads_input(self, i: int) -> bool:
         """Whether unit i reads the block's input rather than the unit before it."""
         return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
@@ -157,7 +165,7 @@ class _Block(torch.autograd.Function):
         units = [
             tensors[i * _TENSORS_PER_UNIT : (i + 1) * _TENSORS_PER_UNIT] for i in range(len(plan.units))
         ]
-        weights = [u[0] if not plan.cast_weights or u[0] is None else u[0].to(x.dtype) for u in units]
+        weights = [plan.weight(i, x, u[0]) for i, u in enumerate(units)]
         outputs, coefficients = [], []
         for i, (unit, tensor) in enumerate(zip(plan.units, units, strict=True)):
             source = (x, None) if plan.reads_input(i) else (outputs[-1], coefficients[-1])
@@ -205,8 +213,8 @@ class _Block(torch.autograd.Function):
             ctx.needs_input_grad[3 + i * _TENSORS_PER_UNIT : 3 + i * _TENSORS_PER_UNIT + 4] for i in range(count)
         ]
         weights = [
-            w if w is not None else p[0] if p[0] is None or not plan.cast_weights else p[0].to(x.dtype)
-            for w, p in zip(cast, parameters, strict=True)
+            w if w is not None else plan.weight(i, x, p[0])
+            for i, (w, p) in enumerate(zip(cast, parameters, strict=True))
         ]
         grads: list[list[Tensor | None]] = [[None] * _TENSORS_PER_UNIT for _ in range(count)]
         last, projection = plan.last, plan.projection

@@ -24,11 +24,21 @@ struct Choice {
   const char* name;
 };
 
+bool converts_to_bfloat16() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 // ATen's own choice, so that ATEN_CPU_CAPABILITY (default, avx2, avx512) rules both.
 const Choice& choice() {
   static const Choice chosen = []() -> Choice {
     const std::string capability = at::get_cpu_capability();
-    if (capability == "AVX512" && kernels_avx512.apply) return {&kernels_avx512, &conv_kernels_avx512, "avx512"};
+    if (capability == "AVX512" && kernels_avx512.apply) {
+      return {&kernels_avx512, converts_to_bfloat16() ? &conv_kernels_avx512_bf16 : &conv_kernels_avx512, "avx512"};
+    }
     if ((capability == "AVX512" || capability == "AVX2") && kernels_avx2.apply) {
       return {&kernels_avx2, &conv_kernels_avx2, "avx2"};
     }

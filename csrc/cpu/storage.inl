@@ -31,6 +31,7 @@ struct Float32 {
 };
 
 struct BFloat16 {
+  static constexpr bool kIsBFloat16 = true;
   using Value = uint16_t;
   using Acc = float;
   static inline Acc load(Value v) { return widen<uint32_t, float>(v); }
@@ -51,6 +52,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+  static constexpr bool kIsBFloat16 = false;
   using Value = uint16_t;
   using Acc = float;
   static inline Acc load(Value v) { return widen<uint32_t, float>(v); }

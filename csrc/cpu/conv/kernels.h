@@ -124,6 +124,7 @@ struct ConvKernels {
 extern const ConvKernels conv_kernels_baseline;
 extern const ConvKernels conv_kernels_avx2;
 extern const ConvKernels conv_kernels_avx512;
+extern const ConvKernels conv_kernels_avx512_bf16;
 
 // The ones in use, by the choice that the one-pass kernels make.
 const ConvKernels& conv_kernels();

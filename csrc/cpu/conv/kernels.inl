@@ -139,9 +139,8 @@ void load_pixel_pairs(const Operand& o, const Pixels& pixels, int64_t channel, i
       const bool whole = p + 1 < pixels.count;
       for_lanes(width, [&](auto lanes, int64_t c) {
         constexpr int kLanes = lanes.value;
-        using W = Word<kLanes>;
         const auto bits = [&](int64_t pixel) {
-          return T::template narrow<W, Float<kLanes>>(read<T, kPrologue, kLanes>(o, pixel, channel + c));
+          return narrow<T, kLanes>(read<T, kPrologue, kLanes>(o, pixel, channel + c));
         };
         store_raw(out + c, whole ? bits(even) | (bits(odd) << 16) : bits(even));
       });
@@ -296,8 +295,8 @@ void pack_panel(const WeightPanel& p) {
         if constexpr (sizeof(typename To::Value) == 2) {
           auto* out = static_cast<uint32_t*>(p.out) + (d / 2) * kPanel + n;
           for (int64_t i = 0; i < depth; i += 2, out += kPanel) {
-            const auto even = To::template narrow<Word<16>, Float<16>>(rows[i]);
-            const auto odd = To::template narrow<Word<16>, Float<16>>(rows[i + 1]);
+            const auto even = narrow<To, 16>(rows[i]);
+            const auto odd = narrow<To, 16>(rows[i + 1]);
             store_raw(out, even | (odd << 16));
           }
         }

@@ -44,13 +44,23 @@ RESNET_FUSED_INLINE Float<kLanes> load(const typename T::Value* p) {
   }
 }
 
+// The bits of a value rounded to a 16-bit type, in words.
+template <class T, int kLanes>
+RESNET_FUSED_INLINE Word<kLanes> narrow(Float<kLanes> v) {
+#ifdef __AVX512BF16__
+  if constexpr (kLanes == 16 && T::kIsBFloat16) {
+    return __builtin_convertvector(bit_cast<typename Vectors<16>::Half>(_mm512_cvtneps_pbh(v)), Word<16>);
+  }
+#endif
+  return T::template narrow<Word<kLanes>, Float<kLanes>>(v);
+}
+
 template <class T, int kLanes>
 RESNET_FUSED_INLINE void store(typename T::Value* p, Float<kLanes> v) {
   if constexpr (sizeof(typename T::Value) == 4) {
     store_raw(p, v);
   } else {
-    const auto bits = T::template narrow<Word<kLanes>, Float<kLanes>>(v);
-    store_raw(p, __builtin_convertvector(bits, typename Vectors<kLanes>::Half));
+    store_raw(p, __builtin_convertvector(narrow<T, kLanes>(v), typename Vectors<kLanes>::Half));
   }
 }
 
@@ -60,7 +70,7 @@ RESNET_FUSED_INLINE Float<kLanes> round_to(Float<kLanes> v) {
   if constexpr (sizeof(typename T::Value) == 4) {
     return v;
   } else {
-    return T::template widen<Word<kLanes>, Float<kLanes>>(T::template narrow<Word<kLanes>, Float<kLanes>>(v));
+    return T::template widen<Word<kLanes>, Float<kLanes>>(narrow<T, kLanes>(v));
   }
 }
 
