@@ -45,6 +45,7 @@ CPP_SOURCES = [
     "csrc/cpu/conv/wgrad.cpp",
     "csrc/cpu/conv/wgrad_plan.cpp",
     "csrc/cpu/conv/winograd.cpp",
+    "csrc/cpu/conv/winograd_wgrad.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/backend.cpp",

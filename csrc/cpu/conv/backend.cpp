@@ -7,6 +7,7 @@
 #include "scratch.h"
 #include "wgrad.h"
 #include "winograd.h"
+#include "winograd_wgrad.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -52,9 +53,14 @@ void fprop(const FpropParams& p) {
 
 void dgrad(const DgradParams& p) { convolve(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
-int64_t workspace(const ConvShape& s, DType dtype, DType) { return wgrad_workspace(s, dtype); }
+int64_t workspace(const ConvShape& s, DType dtype, DType) {
+  return winograd_applies(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
+}
 
-void wgrad(const WgradParams& p) { run_wgrad(p, microkernel(p.dtype)); }
+void wgrad(const WgradParams& p) {
+  const auto run = winograd_applies(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
+  run(p, microkernel(p.dtype));
+}
 
 }  // namespace
 }  // namespace resnet_fused::cpu

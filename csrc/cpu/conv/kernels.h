@@ -119,6 +119,10 @@ struct ConvKernels {
   void (*winograd_results)(const float* products, int64_t pitch, int64_t width, int64_t tiles, float* out,
                            int64_t row_pitch);
   void (*winograd_weights)(const WinogradWeights&);
+  // A dy A' of 2x2 pixels, kPanel channels: out[i*out_pitch + tile*kPanel + c].
+  void (*winograd_gradient)(const float* source, int64_t row_pitch, int64_t tiles, float* out, int64_t out_pitch);
+  // G' m G of the 16 products' sums, `product_pitch` apart: 3x3 taps of dw, `tap_pitch` apart.
+  void (*winograd_finish_weights)(const WeightGradient&, int64_t product_pitch, int64_t tap_pitch);
 };
 
 extern const ConvKernels conv_kernels_baseline;

@@ -451,9 +451,79 @@ void winograd_weights(const WinogradWeights& w) {
   dispatch_conv_dtype(w.panel.from, [&](auto from) { transform_panel<decltype(from)>(w); });
 }
 
+// A x of two values: (x0, x0 + x1, x0 - x1, -x1).
+RESNET_FUSED_INLINE Four gradient_column(const V16& x0, const V16& x1) { return {{x0, x0 + x1, x0 - x1, -x1}}; }
+
+void winograd_gradient(const float* source, int64_t row_pitch, int64_t tiles, float* out, int64_t out_pitch) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t c = 0; c < kPanel; c += 16) {
+      const float* x = source + 2 * tile * kPanel + c;
+      const Four left = gradient_column(load_raw<V16>(x), load_raw<V16>(x + row_pitch));
+      const Four right = gradient_column(load_raw<V16>(x + kPanel), load_raw<V16>(x + row_pitch + kPanel));
+      float* to = out + tile * kPanel + c;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Four row = gradient_column(left.v[i], right.v[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_raw(to + (4 * i + j) * out_pitch, row.v[j]);
+      }
+    }
+  }
+}
+
+// G' x of four values: (x0 + (x1 + x2)/2, (x1 - x2)/2, (x1 + x2)/2 + x3).
+struct Three {
+  V16 v[3];
+};
+
+RESNET_FUSED_INLINE Three tap_column(const V16& x0, const V16& x1, const V16& x2, const V16& x3) {
+  const V16 sum = 0.5f * (x1 + x2);
+  return {{x0 + sum, 0.5f * (x1 - x2), sum + x3}};
+}
+
+template <class T>
+void winograd_finish_rows(const WeightGradient& g, int64_t product_pitch, int64_t tap_pitch) {
+  auto* dw = static_cast<typename T::Value*>(g.dw);
+  for (int64_t column = 0; column < g.columns; column += 16) {  // sums are padded to 16 columns
+    V16 taps[9][16] = {};
+    for (int64_t row = 0; row < g.rows; ++row) {
+      V16 m[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        WeightGradient product = g;
+        product.sums += i * product_pitch;
+        m[i] = sum_splits<16>(product, row, column);
+      }
+      Three columns[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) columns[j] = tap_column(m[j], m[4 + j], m[8 + j], m[12 + j]);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        const Three t = tap_column(columns[0].v[i], columns[1].v[i], columns[2].v[i], columns[3].v[i]);
+        for (int j = 0; j < 3; ++j) taps[3 * i + j][row] = t.v[j];
+      }
+    }
+    for (int tap = 0; tap < 9; ++tap) {
+      transpose(taps[tap]);
+      for (int64_t i = 0; i < 16 && column + i < g.columns; ++i) {
+        auto* out = dw + (column + i) * g.column_step + tap * tap_pitch;
+        if (g.rows == 16) {
+          store<T, 16>(out, taps[tap][i]);
+        } else {
+          for (int64_t row = 0; row < g.rows; ++row) out[row] = T::store(taps[tap][i][row]);
+        }
+      }
+    }
+  }
+}
+
+void winograd_finish_weights(const WeightGradient& g, int64_t product_pitch, int64_t tap_pitch) {
+  dispatch_conv_dtype(g.dtype, [&](auto t) { winograd_finish_rows<decltype(t)>(g, product_pitch, tap_pitch); });
+}
+
 }  // namespace
 
 const ConvKernels RESNET_FUSED_CONV_KERNELS = {load, load_transposed, load_pairs, finish_forward, finish_backward, pack,
-                                               finish_weights,  winograd_source, winograd_results, winograd_weights};
+                                               finish_weights,  winograd_source, winograd_results, winograd_weights,
+                                               winograd_gradient, winograd_finish_weights};
 
 }  // namespace resnet_fused::cpu
