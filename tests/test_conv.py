@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""The native convolutions: every pass, prologue and epilogue alone against float64 on the CPU, and whole blocks."""
+"""The native convolutions of each device: every pass, prologue and epilogue alone against float64, and whole blocks."""
 
 import copy
 
@@ -16,12 +16,36 @@ from resnet_fused import functional, ops
 from resnet_fused.functional import Conv, Norm, Unit
 from resnet_fused.testing import FLOORS, compare_modules, errors
 
-pytestmark = [pytest.mark.cuda, needs_tensor_cores]
+on_cuda = (pytest.mark.cuda, needs_tensor_cores)
 
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [*HALVES, torch.float32]
-# What one rounding of an operand or result may change; float32's operands are rounded to TF32, both of them.
-ROUNDING = {torch.float16: FLOORS[torch.float16], torch.bfloat16: FLOORS[torch.bfloat16], torch.float32: 2.0**-10}
+
+
+def rounding(dtype, device):
+    """What one rounding of an operand or result may change. On a GPU float32's operands are rounded to TF32, both of
+    them; on the CPU a sum of thousands of products is rounded at each step."""
+    if dtype == torch.float32:
+        return 2.0**-10 if device.type == "cuda" else 4 * FLOORS[dtype]
+    return FLOORS[dtype]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+def dtype_of(device):
+    """One that the device's native convolutions take."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def needs(device, dtype):
+    """Skips what the processor at hand does not multiply."""
+    x = torch.empty(1, 8, 1, 1, dtype=dtype, device=device)
+    if device.type == "cpu" and (reason := ops.native_reason(x, x, (1, 1), (0, 0), (1, 1), 1)):
+        pytest.skip(reason)
+
 
 # (N, C, H, W, K, filter, stride, padding, dilation)
 GEOMETRIES = {
@@ -51,15 +75,36 @@ GEOMETRIES = {
     "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
 }
 
+# Any channels and strides; in float32 also what Winograd's algorithm takes: planes of even and odd sizes, paddings.
+CPU_GEOMETRIES = {
+    "odd_channels": (2, 3, 9, 9, 5, 3, 1, 1, 1),
+    "odd_channels_1x1": (2, 33, 7, 7, 17, 1, 1, 0, 1),
+    "stem": (2, 3, 64, 61, 64, 7, 2, 3, 1),
+    "stride_3": (2, 16, 11, 11, 8, 3, 3, 1, 1),
+    "stride_3_of_two_taps": (1, 8, 11, 12, 8, 2, 3, 0, 2),
+    "5x5_dilated": (1, 16, 12, 12, 16, 5, 1, 2, 2),
+    "no_tap_meets": (1, 8, 1, 1, 8, 1, 2, 1, 1),
+    "winograd": (2, 64, 28, 28, 80, 3, 1, 1, 1),
+    "winograd_odd": (3, 40, 21, 19, 24, 3, 1, 1, 1),
+    "winograd_no_padding": (2, 16, 33, 30, 16, 3, 1, 0, 1),
+    "winograd_full_padding": (2, 16, 27, 28, 16, 3, 1, 2, 1),
+    "winograd_many_images": (24, 48, 7, 7, 72, 3, 1, 1, 1),
+    "winograd_wide": (8, 272, 12, 12, 272, 3, 1, 1, 1),
+    "many_images": (9, 136, 7, 7, 200, 3, 2, 1, 1),
+    "rows_of_an_image": (1, 256, 40, 56, 64, 3, 2, 1, 1),
+}
+
 
 def two(value):
     return value if isinstance(value, tuple) else (value, value)
 
 
 class Case:
-    """The tensors of one convolution, on the CPU, and what float64 makes of them."""
+    """The tensors of one convolution, on the CPU, and what float64 makes of them; arguments on the device."""
 
-    def __init__(self, geometry, dtype, prologue):
+    def __init__(self, geometry, dtype, prologue, device):
+        needs(device, dtype)
+        self.device = device
         n, c, h, w, k, taps, *rest = geometry
         self.filter, self.geometry = two(taps), tuple(two(v) for v in rest)
         self.dtype, self.prologue = dtype, prologue
@@ -84,6 +129,9 @@ class Case:
     def channels_last(self, t):
         return t.to(self.dtype).to(memory_format=torch.channels_last)
 
+    def on(self, t):
+        return t.to(self.device)
+
     @staticmethod
     def table(rows, channels):
         table = torch.rand(rows, channels) + 0.5
@@ -96,30 +144,34 @@ class Case:
         return t.double() * scale + shift
 
     def fprop_arguments(self):
-        return self.x.cuda(), self.coefficients.cuda() if self.prologue else None, self.weight.cuda()
+        return self.on(self.x), self.on(self.coefficients) if self.prologue else None, self.on(self.weight)
 
     def gradient_arguments(self):
         if not self.prologue:
-            return self.grad.cuda(), None, None
-        return self.grad.cuda(), self.y.cuda(), self.backward_coefficients.cuda()
+            return self.on(self.grad), None, None
+        return self.on(self.grad), self.on(self.y), self.on(self.backward_coefficients)
 
 
 def assert_near(actual, expected, dtype):
     """Within a rounding of ``dtype``, relative to the largest value."""
-    e = errors(actual, expected)
-    assert e.maximum <= ROUNDING[dtype] and e.two_norm <= ROUNDING[dtype], e
+    e, allowed = errors(actual, expected), rounding(dtype, actual.device)
+    assert e.maximum <= allowed and e.two_norm <= allowed, e
 
 
-@pytest.fixture(params=GEOMETRIES)
-def geometry(request):
-    return GEOMETRIES[request.param]
+@pytest.fixture(params=[*GEOMETRIES, *CPU_GEOMETRIES])
+def geometry(request, device):
+    if request.param in GEOMETRIES:
+        return GEOMETRIES[request.param]
+    if device.type == "cuda":
+        pytest.skip("channels and strides that are native on the CPU only")
+    return CPU_GEOMETRIES[request.param]
 
 
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fprop(geometry, dtype, prologue):
-    case = Case(geometry, dtype, prologue)
-    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.cuda(), *case.geometry)
+def test_fprop(device, geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue, device=device)
+    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.to(device), *case.geometry)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_near(y, case.exact + case.bias.double().view(1, -1, 1, 1), dtype)
     # The statistics are those of the stored output.
@@ -135,15 +187,15 @@ def test_fprop(geometry, dtype, prologue):
 
 @pytest.mark.parametrize("epilogue", ["affine", "relu", "shortcut"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fprop_of_inference(geometry, dtype, epilogue):
-    case = Case(geometry, dtype, prologue=epilogue == "affine")
+def test_fprop_of_inference(device, geometry, dtype, epilogue):
+    case = Case(geometry, dtype, prologue=epilogue == "affine", device=device)
     affine = case.table(4, case.exact.shape[1])
     shortcut = case.channels_last(torch.randn(case.exact.shape)) if epilogue == "shortcut" else None
     relu = epilogue != "affine"
     z = ops.conv_fprop_inference(
         *case.fprop_arguments(),
-        affine.cuda(),
-        None if shortcut is None else shortcut.cuda(),
+        affine.to(device),
+        None if shortcut is None else shortcut.to(device),
         relu,
         *case.geometry,
     )
@@ -155,24 +207,24 @@ def test_fprop_of_inference(geometry, dtype, epilogue):
 
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dgrad(geometry, dtype, prologue):
-    case = Case(geometry, dtype, prologue)
+def test_dgrad(device, geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue, device=device)
     plane = tuple(case.x.shape[2:])
     weight = case.weight.double()
     exact = nn.grad.conv2d_input(case.x.shape, weight, case.output_gradient, *case.geometry)
-    arguments = (*case.gradient_arguments(), case.weight.cuda(), plane, *case.geometry)
+    arguments = (*case.gradient_arguments(), case.weight.to(device), plane, *case.geometry)
 
     dx, sums = ops.conv_dgrad(*arguments)
     assert sums.shape[0] == 0
     assert_near(dx, exact, dtype)
 
     addend = case.channels_last(torch.randn(case.x.shape))
-    dx, _ = ops.conv_dgrad(*arguments, addend.cuda())
+    dx, _ = ops.conv_dgrad(*arguments, addend.to(device))
     assert_near(dx, exact + addend.double(), dtype)
 
     table = case.coefficients
-    masked, sums = ops.conv_dgrad(*arguments, addend.cuda(), case.x.cuda(), table.cuda())
-    passes = ops.bn_apply(case.x.cuda(), table.cuda(), relu=True).cpu() > 0
+    masked, sums = ops.conv_dgrad(*arguments, addend.to(device), case.x.to(device), table.to(device))
+    passes = ops.bn_apply(case.x.to(device), table.to(device), relu=True).cpu() > 0
     assert torch.equal(masked.cpu(), torch.where(passes, dx.cpu(), 0))
     stored = masked.cpu().double()
     centred = case.x.double() - table[0].double().view(1, -1, 1, 1)
@@ -183,8 +235,8 @@ def test_dgrad(geometry, dtype, prologue):
 
 @pytest.mark.parametrize("prologue", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wgrad(geometry, dtype, prologue):
-    case = Case(geometry, dtype, prologue)
+def test_wgrad(device, geometry, dtype, prologue):
+    case = Case(geometry, dtype, prologue, device=device)
     shape = case.weight.shape
     exact = nn.grad.conv2d_weight(case.activation, shape, case.output_gradient, *case.geometry)
     x, coefficients, _ = case.fprop_arguments()
@@ -194,33 +246,33 @@ def test_wgrad(geometry, dtype, prologue):
         )
         assert dw.dtype == out
         e = errors(dw, exact)
-        assert e.maximum <= (1e-5 if out != dtype else ROUNDING[dtype]), e
+        assert e.maximum <= (1e-5 if out != dtype else rounding(dtype, device)), e
 
 
-def test_padding_is_zero_behind_the_prologue():
+def test_padding_is_zero_behind_the_prologue(device):
     """relu(shift) is not zero; what lies outside the image is."""
-    x = torch.zeros(1, 16, 5, 6, dtype=torch.float16, device="cuda").to(memory_format=torch.channels_last)
-    table = torch.zeros(4, 16, device="cuda")
+    x = torch.zeros(1, 16, 5, 6, dtype=dtype_of(device), device=device).to(memory_format=torch.channels_last)
+    table = torch.zeros(4, 16, device=device)
     table[3] = 3
-    weight = torch.ones(8, 16, 3, 3, dtype=torch.float16, device="cuda")
+    weight = torch.ones(8, 16, 3, 3, dtype=dtype_of(device), device=device)
     y, _ = ops.conv_fprop(x, table, weight, None, (1, 1), (1, 1), (1, 1))
-    assert torch.equal(y.cpu(), F.conv2d(torch.full((1, 16, 5, 6), 3.0), torch.ones(8, 16, 3, 3), padding=1).half())
+    assert torch.equal(y.cpu(), F.conv2d(torch.full((1, 16, 5, 6), 3.0), torch.ones(8, 16, 3, 3), padding=1).to(y.dtype))
 
 
-def test_special_values():
+def test_special_values(device):
     """NaN and infinity pass the prologue as they pass eager's batch norm and ReLU."""
-    case = Case(GEOMETRIES["3x3"], torch.bfloat16, prologue=True)
+    case = Case(GEOMETRIES["3x3"], dtype_of(device), prologue=True, device=device)
     case.x[0, 3, 2, 2], case.x[1, 5, 4, 4] = float("nan"), float("inf")
     y, _ = ops.conv_fprop(*case.fprop_arguments(), None, *case.geometry)
-    activation = ops.bn_apply(case.x.cuda(), case.coefficients.cuda(), relu=True)
+    activation = ops.bn_apply(case.x.to(device), case.coefficients.to(device), relu=True)
     expected = F.conv2d(activation.float().cpu(), case.weight.float(), None, *case.geometry)
     assert expected.isnan().any()
     assert torch.equal(y.cpu().isnan(), expected.isnan())
 
 
-def test_statistics_with_large_mean():
-    case = Case(GEOMETRIES["1x1"], torch.float16, prologue=False)
-    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.cuda() + 1000, *case.geometry)
+def test_statistics_with_large_mean(device):
+    case = Case(GEOMETRIES["1x1"], dtype_of(device), prologue=False, device=device)
+    y, statistics = ops.conv_fprop(*case.fprop_arguments(), case.bias.to(device) + 1000, *case.geometry)
     coefficients = ops.bn_finalize(statistics, None, None, None, None, None, 0.1, 0.0)
     stored = y.cpu().double()
     assert errors(coefficients[0], stored.mean((0, 2, 3))).maximum < 1e-6
@@ -228,12 +280,12 @@ def test_statistics_with_large_mean():
 
 
 @pytest.mark.parametrize("name", ["3x3", "1x1_stride"])
-def test_layouts_and_alignment(name):
+def test_layouts_and_alignment(device, name):
     """Weights in either memory format, operands that start in the middle of a vector: copied, not misread."""
-    case = Case(GEOMETRIES[name], torch.float16, prologue=True)
+    case = Case(GEOMETRIES[name], dtype_of(device), prologue=True, device=device)
     x, coefficients, weight = case.fprop_arguments()
     y, _ = ops.conv_fprop(x, coefficients, weight, None, *case.geometry)
-    buffer = torch.full((x.numel() + 8,), float("nan"), dtype=x.dtype, device="cuda")
+    buffer = torch.full((x.numel() + 8,), float("nan"), dtype=x.dtype, device=device)
     shifted = buffer.as_strided(x.shape, x.stride(), 1).copy_(x)
     other = weight.to(memory_format=torch.channels_last)
     for a, b in ((x, other), (shifted, weight), (x.contiguous(), weight)):
@@ -241,8 +293,8 @@ def test_layouts_and_alignment(name):
 
 
 @pytest.mark.parametrize("name", ["3x3_stride", "many_splits"])
-def test_the_same_bits_every_time(name):
-    case = Case(GEOMETRIES[name], torch.bfloat16, prologue=True)
+def test_the_same_bits_every_time(device, name):
+    case = Case(GEOMETRIES[name], dtype_of(device), prologue=True, device=device)
     x, coefficients, weight = case.fprop_arguments()
     plane = tuple(x.shape[2:])
 
@@ -250,16 +302,16 @@ def test_the_same_bits_every_time(name):
         gradient = case.gradient_arguments()
         return (
             *ops.conv_fprop(x, coefficients, weight, None, *case.geometry),
-            *ops.conv_dgrad(*gradient, weight, plane, *case.geometry, None, x, case.coefficients.cuda()),
+            *ops.conv_dgrad(*gradient, weight, plane, *case.geometry, None, x, case.coefficients.to(device)),
             ops.conv_wgrad(*gradient, x, coefficients, case.filter, *case.geometry, torch.float32),
         )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_no_images():
-    x = torch.empty(0, 16, 5, 5, dtype=torch.float16, device="cuda")
-    weight = torch.ones(8, 16, 3, 3, dtype=torch.float16, device="cuda")
+def test_no_images(device):
+    x = torch.empty(0, 16, 5, 5, dtype=dtype_of(device), device=device)
+    weight = torch.ones(8, 16, 3, 3, dtype=dtype_of(device), device=device)
     geometry = ((1, 1), (1, 1), (1, 1))
     y, _ = ops.conv_fprop(x, None, weight, None, *geometry)
     assert y.shape == (0, 8, 5, 5)
@@ -269,27 +321,27 @@ def test_no_images():
 
 
 SAMPLES = {
-    "conv_fprop": lambda c, g: (*c.fprop_arguments(), c.bias.cuda(), *g),
+    "conv_fprop": lambda c, g: (*c.fprop_arguments(), c.on(c.bias), *g),
     "conv_fprop_inference": lambda c, g: (
         *c.fprop_arguments(),
-        c.table(4, c.exact.shape[1]).cuda(),
-        c.y.cuda(),
+        c.on(c.table(4, c.exact.shape[1])),
+        c.on(c.y),
         True,
         *g,
     ),
     "conv_dgrad": lambda c, g: (
         *c.gradient_arguments(),
-        c.weight.cuda(),
+        c.on(c.weight),
         tuple(c.x.shape[2:]),
         *g,
         None,
-        c.x.cuda(),
-        c.coefficients.cuda(),
+        c.on(c.x),
+        c.on(c.coefficients),
     ),
     "conv_wgrad": lambda c, g: (
         *c.gradient_arguments(),
-        c.x.cuda(),
-        c.coefficients.cuda(),
+        c.on(c.x),
+        c.on(c.coefficients),
         c.filter,
         *g,
         torch.float32,
@@ -298,79 +350,110 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(name):
-    case = Case(GEOMETRIES["3x3_stride"], torch.float16, prologue=True)
+def test_opcheck(device, name):
+    case = Case(GEOMETRIES["3x3_stride"], dtype_of(device), prologue=True, device=device)
     torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, SAMPLES[name](case, case.geometry))
 
 
 ONE = ((1, 1), (0, 0), (1, 1))
 
 
-def half(*shape):
-    return torch.ones(shape, dtype=torch.float16, device="cuda")
+@pytest.fixture
+def ones(device):
+    """Makes tensors of a dtype that the device's native convolutions take."""
+    needs(device, dtype_of(device))
+    return lambda *shape: torch.ones(shape, dtype=dtype_of(device), device=device)
 
 
-def fprop(x, weight):
-    return ops.conv_fprop(x, None, weight, None, *ONE)
+def fprop(x, weight, stride=(1, 1), coefficients=None):
+    return ops.conv_fprop(x, coefficients, weight, None, stride, (0, 0), (1, 1))
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: fprop(half(1, 12, 4, 4), half(8, 12, 1, 1)), ValueError, "x: expected a multiple of 8 channels"),
-        (lambda: fprop(half(1, 8, 4, 4), half(4, 8, 1, 1)), ValueError, "weight: expected a multiple of 8 output"),
-        (lambda: fprop(half(1, 8, 4, 4), half(8, 16, 1, 1)), ValueError, r"weight: expected shape \[K, 8, R, S\]"),
-        (lambda: fprop(half(1, 8, 4, 4).double(), half(8, 8, 1, 1)), TypeError, "x: expected float32, bfloat16 or fl"),
-        (
-            lambda: ops.conv_fprop(half(1, 8, 4, 4), None, half(8, 8, 1, 1).bfloat16(), None, *ONE),
-            TypeError,
-            "weight: expected the dtype of x",
-        ),
-        (
-            lambda: ops.conv_fprop(half(1, 8, 4, 4), None, half(8, 8, 1, 1), None, (3, 1), (0, 0), (1, 1)),
-            ValueError,
-            r"stride: expected two integers in \[1, 2\]",
-        ),
-        (
-            lambda: ops.conv_fprop(half(1, 8, 2, 2), None, half(8, 8, 3, 3), None, *ONE),
-            ValueError,
-            "x: expected a plane of at least the filter's extent",
-        ),
-        (
-            lambda: ops.conv_fprop(half(1, 8, 2, 9), None, half(8, 8, 3, 3), None, (2, 2), (0, 0), (1, 1)),
-            ValueError,
-            "x: expected a plane of at least the filter's extent",
-        ),
-        (
-            lambda: ops.conv_fprop(half(1, 8, 4, 4), half(4, 8), half(8, 8, 1, 1), None, *ONE),
-            TypeError,
-            "coefficients: expected dtype Float",
-        ),
-        (
-            lambda: ops.conv_dgrad(half(1, 8, 4, 4), half(1, 8, 4, 4), None, half(8, 8, 1, 1), (4, 4), *ONE),
-            ValueError,
-            "y, backward_coefficients: expected both or neither",
-        ),
-        (
-            lambda: ops.conv_dgrad(half(1, 8, 4, 4), None, None, half(8, 8, 1, 1), (5, 4), *ONE),
-            ValueError,
-            "grad: expected shape",
-        ),
-        (
-            lambda: ops.conv_wgrad(half(1, 8, 4, 4), None, None, half(2, 8, 4, 4), None, (1, 1), *ONE, torch.float32),
-            ValueError,
-            r"grad: expected shape \[2, 8, 4, 4\]",
-        ),
-        (
-            lambda: ops.conv_wgrad(half(1, 8, 4, 4), None, None, half(1, 8, 4, 4), None, (1, 1), *ONE, torch.float64),
-            TypeError,
-            "dtype: expected float32 or x's",
-        ),
-    ],
-)
-def test_bad_arguments(call, error, message):
+def wgrad(grad, x, dtype):
+    return ops.conv_wgrad(grad, None, None, x, None, (1, 1), *ONE, dtype)
+
+
+BAD_ARGUMENTS = {
+    "channels": (lambda t: fprop(t(1, 8, 4, 4), t(8, 16, 1, 1)), ValueError, r"weight: expected shape \[K, 8, R, S\]"),
+    "dtype": (
+        lambda t: fprop(t(1, 8, 4, 4).double(), t(8, 8, 1, 1)),
+        TypeError,
+        "x: expected float32, bfloat16 or fl",
+    ),
+    "weight_dtype": (
+        lambda t: fprop(t(1, 8, 4, 4), t(8, 8, 1, 1).bfloat16()),
+        TypeError,
+        "weight: expected the dtype of x",
+    ),
+    "stride": (
+        lambda t: fprop(t(1, 8, 4, 4), t(8, 8, 1, 1), (300, 1)),
+        ValueError,
+        r"stride: expected two integers in \[1, ",
+    ),
+    "plane": (
+        lambda t: fprop(t(1, 8, 2, 2), t(8, 8, 3, 3)),
+        ValueError,
+        "x: expected a plane of at least the filter's extent",
+    ),
+    "plane_of_strides": (
+        lambda t: fprop(t(1, 8, 2, 9), t(8, 8, 3, 3), (2, 2)),
+        ValueError,
+        "x: expected a plane of at least the filter's extent",
+    ),
+    "coefficients": (
+        lambda t: fprop(t(1, 8, 4, 4), t(8, 8, 1, 1), coefficients=t(4, 8).half()),
+        TypeError,
+        "coefficients: expected dtype Float",
+    ),
+    "one_of_two": (
+        lambda t: ops.conv_dgrad(t(1, 8, 4, 4), t(1, 8, 4, 4), None, t(8, 8, 1, 1), (4, 4), *ONE),
+        ValueError,
+        "y, backward_coefficients: expected both or neither",
+    ),
+    "input_plane": (
+        lambda t: ops.conv_dgrad(t(1, 8, 4, 4), None, None, t(8, 8, 1, 1), (5, 4), *ONE),
+        ValueError,
+        "grad: expected shape",
+    ),
+    "images": (
+        lambda t: wgrad(t(1, 8, 4, 4), t(2, 8, 4, 4), torch.float32),
+        ValueError,
+        r"grad: expected shape \[2, 8, 4, 4\]",
+    ),
+    "result_dtype": (
+        lambda t: wgrad(t(1, 8, 4, 4), t(1, 8, 4, 4), torch.float64),
+        TypeError,
+        "dtype: expected float32 or x's",
+    ),
+}
+CUDA_BAD_ARGUMENTS = {
+    "multiple": (lambda t: fprop(t(1, 12, 4, 4), t(8, 12, 1, 1)), ValueError, "x: expected a multiple of 8 channels"),
+    "output_multiple": (
+        lambda t: fprop(t(1, 8, 4, 4), t(4, 8, 1, 1)),
+        ValueError,
+        "weight: expected a multiple of 8 output",
+    ),
+    "stride_3": (
+        lambda t: fprop(t(1, 8, 4, 4), t(8, 8, 1, 1), (3, 1)),
+        ValueError,
+        r"stride: expected two integers in \[1, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments(ones, name):
+    call, error, message = BAD_ARGUMENTS[name]
     with pytest.raises(error, match=message):
-        call()
+        call(ones)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda)], indirect=True)
+@pytest.mark.parametrize("name", CUDA_BAD_ARGUMENTS)
+def test_bad_arguments_on_cuda(ones, name):
+    call, error, message = CUDA_BAD_ARGUMENTS[name]
+    with pytest.raises(error, match=message):
+        call(ones)
 
 
 def launches(call):
@@ -384,17 +467,18 @@ def launches(call):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", PAIRS)
-def test_blocks(name, training, dtype, memory):
+def test_blocks(device, name, training, dtype, memory):
     """Also where only some of a block's convolutions are native: grouped ones stay the library's."""
+    needs(device, dtype)
     channels, build = PAIRS[name]
     fused, eager = build()
     fused.memory = memory
     for m in (fused, eager):
-        m.train(training).to("cuda", dtype, memory_format=torch.channels_last)
+        m.train(training).to(device, dtype, memory_format=torch.channels_last)
     for gradients in (True, False):
 
         def compare(gradients=gradients):
-            x = torch.randn(4, channels, 14, 12).to("cuda", dtype, memory_format=torch.channels_last)
+            x = torch.randn(4, channels, 14, 12).to(device, dtype, memory_format=torch.channels_last)
             with rf.engine("native"):
                 return compare_modules(fused, eager, x, gradients=gradients)
 
@@ -402,9 +486,9 @@ def test_blocks(name, training, dtype, memory):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_no_activation_between_native_convolutions(training):
-    block = rf.Bottleneck(32, 8).to("cuda", torch.float16, memory_format=torch.channels_last).train(training)
-    x = torch.randn(2, 32, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+def test_no_activation_between_native_convolutions(device, training):
+    block = rf.Bottleneck(32, 8).to(device, dtype_of(device), memory_format=torch.channels_last).train(training)
+    x = torch.randn(2, 32, 6, 6).to(device, dtype_of(device), memory_format=torch.channels_last)
 
     def step():
         with rf.engine("native"):
@@ -420,25 +504,25 @@ def test_no_activation_between_native_convolutions(training):
     assert not {n for n in names if n.startswith("aten::") and "convolution" in n}
 
 
-def test_compiled_blocks_follow_the_engine():
-    block = rf.Bottleneck(32, 8).to("cuda", torch.float16, memory_format=torch.channels_last)
-    x = torch.randn(2, 32, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+def test_compiled_blocks_follow_the_engine(device):
+    block = rf.Bottleneck(32, 8).to(device, dtype_of(device), memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 6, 6).to(device, dtype_of(device), memory_format=torch.channels_last)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for engine in ("auto", "native", "auto"):
+    for engine in ("library", "native", "library"):
         with rf.engine(engine):
             names = launches(lambda: compiled(x).float().square().sum().backward())
             assert ("resnet_fused::conv_fprop" in names) == (engine == "native")
             assert torch.equal(compiled(x), block(x))
 
 
-def test_identity_without_relu_and_frozen_parts():
+def test_identity_without_relu_and_frozen_parts(device):
     """The paths on which a gradient is added unmasked, or nobody asks for one."""
     for freeze in ("nothing", "input", "first", "weights"):
-        block = rf.ResBlk(16, 16, relu=False).to("cuda", torch.float16, memory_format=torch.channels_last)
+        block = rf.ResBlk(16, 16, relu=False).to(device, dtype_of(device), memory_format=torch.channels_last)
         for n, p in block.named_parameters():
             first, weight = n.startswith(("conv1", "bn1")), p.dim() == 4
             p.requires_grad_(not (freeze == "first" and first or freeze == "weights" and weight))
-        x = torch.randn(3, 16, 6, 6).to("cuda", torch.float16, memory_format=torch.channels_last)
+        x = torch.randn(3, 16, 6, 6).to(device, dtype_of(device), memory_format=torch.channels_last)
         gradients = []
         for engine in ("native", "library"):
             b = copy.deepcopy(block)
@@ -452,10 +536,10 @@ def test_identity_without_relu_and_frozen_parts():
                 assert errors(a, b.cpu()).two_norm < 2e-2
 
 
-def test_native_convolution_behind_a_batch_norm():
-    x, weight = half(2, 16, 5, 5).to(memory_format=torch.channels_last), half(16, 16, 3, 3)
+def test_native_convolution_behind_a_batch_norm(device, ones):
+    x, weight = ones(2, 16, 5, 5).to(memory_format=torch.channels_last), ones(16, 16, 3, 3)
     x, weight = (torch.randn_like(t).requires_grad_() for t in (x, weight))
-    vectors = [torch.rand(16, device="cuda", requires_grad=True) for _ in range(4)]
+    vectors = [torch.rand(16, device=device, requires_grad=True) for _ in range(4)]
     units = [Unit(None, Norm(*vectors[:2])), Unit(Conv(weight, padding=(1, 1)), Norm(*vectors[2:]))]
     found = []
     for engine in ("native", "library"):
@@ -465,11 +549,12 @@ def test_native_convolution_behind_a_batch_norm():
         assert errors(a, b.detach().cpu()).two_norm < 1e-2
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda)], indirect=True)
 @pytest.mark.parametrize("allowed", [True, False])
-def test_float32_follows_the_switch_for_tf32(monkeypatch, allowed):
+def test_float32_follows_the_switch_for_tf32(device, monkeypatch, allowed):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    x = torch.randn(2, 32, 6, 6, device="cuda").to(memory_format=torch.channels_last)
-    block = rf.Bottleneck(32, 8).cuda()
+    x = torch.randn(2, 32, 6, 6, device=device).to(memory_format=torch.channels_last)
+    block = rf.Bottleneck(32, 8).to(device)
     found = []
 
     def step():
@@ -481,23 +566,31 @@ def test_float32_follows_the_switch_for_tf32(monkeypatch, allowed):
     assert errors(found[0].detach(), exact.detach()).two_norm < (1e-2 if allowed else 1e-5)
 
 
-def test_what_is_not_native_says_why(monkeypatch):
-    x = half(1, 16, 4, 4).to(memory_format=torch.channels_last)
+def test_what_is_not_native_says_why(device, ones, monkeypatch):
+    x = ones(1, 16, 4, 4).to(memory_format=torch.channels_last)
     one = ((1, 1), (0, 0), (1, 1), 1)
-    assert ops.native_reason(x, half(8, 16, 1, 1), *one) is None
+    assert ops.native_reason(x, ones(8, 16, 1, 1), *one) is None
     reasons = {
-        "dtype": ops.native_reason(x.double(), half(8, 16, 1, 1), *one),
-        "channels_last": ops.native_reason(x.contiguous(), half(8, 16, 1, 1), *one),
-        "groups=2": ops.native_reason(x, half(8, 8, 1, 1), *one[:3], 2),
-        "multiples of 8": ops.native_reason(x, half(12, 16, 1, 1), *one),
-        "stride=": ops.native_reason(x, half(8, 16, 1, 1), (3, 3), *one[1:]),
-        "taps": ops.native_reason(x, half(8, 16, 9, 9), *one),
-        "device cpu": ops.native_reason(x.cpu(), half(8, 16, 1, 1), *one),
+        "dtype": ops.native_reason(x.double(), ones(8, 16, 1, 1), *one),
+        "channels_last": ops.native_reason(x.contiguous(), ones(8, 16, 1, 1), *one),
+        "groups=2": ops.native_reason(x, ones(8, 8, 1, 1), *one[:3], 2),
+        "stride=": ops.native_reason(x, ones(8, 16, 1, 1), (300, 3), *one[1:]),
+        "taps": ops.native_reason(x, ones(8, 16, 256, 9), *one),
+        "device meta": ops.native_reason(x.to("meta"), ones(8, 16, 1, 1), *one),
     }
-    *limits, pixels = ops._NATIVE_LIMITS
+    if device.type == "cuda":
+        reasons["multiples of 8"] = ops.native_reason(x, ones(12, 16, 1, 1), *one)
+    *limits, pixels = ops._NATIVE_LIMITS[device.type]
     assert pixels > 2**30
     for most, padding in ((15, 0), (35, 1)):  # the input's pixels, or the output's
-        monkeypatch.setattr(ops, "_NATIVE_LIMITS", (*limits, most))
-        reasons[f"up to {most} pixels"] = ops.native_reason(x, half(8, 16, 1, 1), (1, 1), (padding,) * 2, (1, 1), 1)
+        monkeypatch.setitem(ops._NATIVE_LIMITS, device.type, (*limits, most))
+        reasons[f"up to {most} pixels"] = ops.native_reason(x, ones(8, 16, 1, 1), (1, 1), (padding,) * 2, (1, 1), 1)
     for part, reason in reasons.items():
         assert reason and part in reason
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_processor_without_the_microkernel_says_so(device, monkeypatch):
+    x, weight = torch.ones(1, 16, 4, 4), torch.ones(8, 16, 1, 1)
+    monkeypatch.setitem(ops._CPU_MULTIPLIES, torch.float32, False)
+    assert "no microkernel for torch.float32" in ops.native_reason(x, weight, (1, 1), (0, 0), (1, 1), 1)

@@ -132,6 +132,10 @@ class Direct {
                    line + low * pixel_bytes, channels);
       std::memset(line + high * pixel_bytes, 0, (columns - high) * pixel_bytes);
     }
+    for (int64_t i = std::max<int64_t>(0, rows - step); i < rows; ++i) {  // behind the last row of each phase
+      char* line = out + (i % step * rows_per_phase_ + i / step + 1) * columns * pixel_bytes;
+      std::memset(line, 0, plan_.shared_columns * pixel_bytes);
+    }
   }
 
   static int64_t ceil_div(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }

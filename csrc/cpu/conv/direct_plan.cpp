@@ -94,7 +94,12 @@ void finish(DirectPlan& p, int value_bytes, bool unit_filter) {
     // A single column of taps reads every source_step_w-th pixel and no other.
     p.column_step = one_column ? p.source_step_w : 1;
     p.column_stride = one_column ? 1 : p.source_step_w;
-    const int columns = one_column ? most_columns : (most_columns - 1) * p.source_step_w + last_column - p.first_column + 1;
+    int columns = one_column ? most_columns : (most_columns - 1) * p.source_step_w + last_column - p.first_column + 1;
+    if (!one_column && p.source_step_w == 1) {
+      const int left = std::max(0, -p.first_column), right = most_columns - 1 + last_column - (p.source_width - 1);
+      p.shared_columns = std::clamp(right, 0, left);
+      columns -= p.shared_columns;
+    }
     p.pitch = ceil_div(columns, p.column_stride) * p.column_stride;
     const int positions = p.pitch / p.column_stride;  // of a target row in the copy
     p.rows_per_unit = std::clamp((kProductRows + positions / 2) / positions, 1, most_rows);
@@ -102,7 +107,7 @@ void finish(DirectPlan& p, int value_bytes, bool unit_filter) {
     p.product_rows = int64_t{p.rows_per_unit - 1} * positions + most_columns;
     const int source_rows = (p.rows_per_unit - 1) * p.source_step_h + p.last_row - p.first_row + 1;
     p.scratch_rows = int64_t{ceil_div(source_rows, p.source_step_h)} * p.source_step_h;
-    p.scratch_values = p.scratch_rows * p.pitch * p.padded_channels;
+    p.scratch_values = (p.scratch_rows * p.pitch + p.shared_columns) * p.padded_channels;
   }
 
   const int64_t weight_bytes = p.weight_rows * p.panels * kPanel * value_bytes;

@@ -45,6 +45,7 @@ struct DirectPlan {
   bool in_place;   // and may read it where it lies, if there is no prologue
   // The padded copy: source columns first_column + j*column_step, `pitch` of them, in rows sorted by i % source_step_h.
   int first_row, last_row, first_column, column_step, pitch, column_stride;
+  int shared_columns;  // of the padding on the right, which the next row's padding on the left stands for
 
   int rows_per_unit;   // target rows of a parity (pixels where pointwise) that are one product
   int units;           // of all images
