@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.units import is_channels_last
 
 
 class Packed:
@@ -40,12 +41,17 @@ class Packed:
         shortcut: Tensor | None,
         relu: bool,
     ) -> Tensor | None:
-        """``relu(conv(x) + shortcut)``, channels_last; None where nothing is packed for inputs like ``x``.
+        """``relu(conv(x) + shortcut)``, or None where oneDNN has nothing for inputs like ``x``.
 
-        oneDNN's ReLU, fused into its convolution, returns 0 for NaN.
+        Its ReLU, fused into its convolution, returns 0 for NaN.
         """
         if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
             return None
+        if not x.is_contiguous(memory_format=torch.channels_last) and not is_channels_last(weight):
+            if x.dtype != torch.float32 or weight.dtype != x.dtype:
+                return None
+            # Packed weights imply channels_last; in float32 alone oneDNN takes others.
+            return ops.fused_convolution(x, weight, bias, stride, padding, dilation, groups, shortcut, relu)
         tensors = [t for t in (weight, bias) if t is not None]
         source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if source != self._source:
