@@ -222,9 +222,18 @@ class _Block(torch.autograd.Function):
         def source(i: int) -> _Source:
             return (x, None) if plan.reads_input(i) else (outputs[i - 1], coefficients[i - 1])
 
-        def norm_backward(i: int, sums: Tensor, branch: int, y: Tensor) -> Tensor:
+        def operand(i: int) -> Tensor:
+            """What a library convolution read, or where only its shape matters a tensor of the same."""
+            return _activation(source(i)) if needs[i][0] else source(i)[0]
+
+        def needs_sums(i: int) -> bool:
+            return plan.units[i].batch_statistics or any(needs[i][1:])
+
+        def norm_backward(i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
             """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
             statistics = plan.units[i].batch_statistics
+            if sums is None:  # a frozen one that nothing of is to be learnt: dy = scale*g
+                return torch.nn.functional.pad(coefficients[i][2:3], (0, 0, 2, 2))
             b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
             _, bias, gamma, beta = parameters[i]
             if needs[i][2]:
@@ -268,7 +277,7 @@ class _Block(torch.autograd.Function):
             return dx, None if table is None else sums
 
         # The join.
-        a = None if plan.units[last].native else _activation(source(last))
+        a = None if plan.units[last].native or not needs[last][0] else _activation(source(last))
         y = outputs[last]
         if y is None:
             read = source(last) if a is None else (a, None)
@@ -279,9 +288,11 @@ class _Block(torch.autograd.Function):
             if s is None:
                 s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
             some_native = plan.units[last].native or plan.units[projection].native
-            masked, sums = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
-            )
+            masked = sums = None
+            if some_native or needs_sums(last) or needs_sums(projection):
+                masked, sums = ops.bn_backward_reduce(
+                    grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
+                )
             g = masked if plan.relu else grad
             b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
             if some_native:
@@ -316,9 +327,11 @@ class _Block(torch.autograd.Function):
             write = plan.relu and (
                 need_shortcut or plan.units[last].native or (identity and need_x and plan.units[0].native)
             )
-            masked, sums = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
-            )
+            masked = sums = None
+            if write or needs_sums(last):
+                masked, sums = ops.bn_backward_reduce(
+                    grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
+                )
             g = masked if plan.relu else grad
             grad_shortcut = g if need_shortcut else None
             if identity and need_x and (write or not plan.relu):
@@ -343,7 +356,7 @@ class _Block(torch.autograd.Function):
             else:
                 if isinstance(gradient, _Gradient):
                     gradient = gradient.tensor()
-                a = a if a is not None else _activation(source(i))
+                a = a if a is not None else operand(i)
                 grad_a = library_backward(i, gradient, a, need_input)
             gradient = a = None  # freed before the next allocation
             if i == 0 or not need_input:
@@ -352,12 +365,14 @@ class _Block(torch.autograd.Function):
             masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
             if not masked:
                 if not unit.native:
-                    a = _activation(source(i - 1))
+                    a = operand(i - 1)
                     grad_a = ops.dense(grad_a)
                 # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
-                written, sums = ops.bn_backward_reduce(
-                    grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
-                )
+                written = None
+                if unit.native or needs_sums(i - 1):
+                    written, sums = ops.bn_backward_reduce(
+                        grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
+                    )
                 masked = unit.native
                 grad_a = written if masked else grad_a
             b = norm_backward(i - 1, sums, 0, below)

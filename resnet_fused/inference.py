@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.engine import current_engine
-from resnet_fused.units import Conv, Norm, Unit
+from resnet_fused.units import Conv, Norm, Unit, is_channels_last
 
 
 def runs_native(x: Tensor, conv: Conv) -> bool:
@@ -26,10 +26,6 @@ def runs_native(x: Tensor, conv: Conv) -> bool:
     return ops.native_reason(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups) is None
 
 
-def is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
 def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool) -> Tensor:
     """A block as in :func:`resnet_fused.functional.residual`, its units frozen and nothing to differentiate.
 
@@ -38,7 +34,7 @@ def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, r
         units: their ``norm`` may be None where the convolution is all there is.
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
     """
-    contiguous = _runs_channels_last(x, units)
+    contiguous = _copies_layout(x, units)
     identity = shortcut is x
     if contiguous:
         x = ops.to_channels_last(x)
@@ -53,18 +49,27 @@ def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, r
     return ops.to_contiguous(z) if contiguous else z
 
 
-def _runs_channels_last(x: Tensor, units: Sequence[Unit]) -> bool:
-    """Whether a block on contiguous ``x``, whose output eager leaves contiguous, is faster in channels_last inside.
+def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether convolutions of contiguous ``x`` in ``dtype`` are worth a copy to channels_last and one back.
 
-    ResNet-50, 224x224, 2 cores with AVX-512 BF16: bfloat16 takes 2.1 times as long in contiguous layout at batch 16,
-    and packed weights imply channels_last. In float32 copying in and out costs a block more than it saves.
+    ResNet-50, 224x224, 2 cores with AMX: in bfloat16 eager takes 2.0 times as long in contiguous layout at batch 16,
+    and a fused block with both copies 0.55 of that. In float32 the copies cost a block more than they save, and
+    oneDNN's error in channels_last is twice that in contiguous layout, which the tolerance policy does not allow.
     """
-    if x.device.type != "cpu" or x.is_contiguous(memory_format=torch.channels_last):
+    return (
+        x.device.type == "cpu"
+        and dtype in (torch.bfloat16, torch.float16)
+        and x.is_contiguous()
+        and not x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
+    """Whether a block runs in channels_last though eager's output is contiguous."""
+    if not prefers_channels_last(x, x.dtype):
         return False
     convs = [u.conv for u in units if u.conv is not None]
-    if not convs or any(is_channels_last(c.weight) for c in convs):
-        return False  # eager's output is channels_last
-    return x.dtype == torch.bfloat16 or any(c.packed is not None for c in convs)
+    return bool(convs) and not any(is_channels_last(c.weight) for c in convs)
 
 
 def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
@@ -72,8 +77,10 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
     conv, norm = unit
     if conv is None:
         return ops.bn_apply(x, _coefficients(norm, x.dtype), shortcut, None, relu)
-    if norm is None and conv.packed is not None and (z := conv.packed.convolve(x, *conv[:6], shortcut, relu)) is not None:
-        return z
+    if norm is None and conv.packed is not None:
+        z = conv.packed.convolve(x, *conv[:6], shortcut, relu)
+        if z is not None:
+            return z
     weight, bias = conv.weight, conv.bias
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)

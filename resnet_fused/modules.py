@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import functional, inference
+from resnet_fused import autograd, functional, inference, reference
 from resnet_fused.engine import current_engine, without_autocast
 from resnet_fused.recognise import (
     compute_dtype,
@@ -116,15 +116,20 @@ def _residual(
         if tuple(joined.shape) != functional.output_shape(x, units):
             return None  # eager broadcasts, or raises
     chain = [*units, projection] if projection is not None else units
+    bare = any(n is None for _, n in chain)
     frozen = all(n is None or not n.batch_statistics for _, n in chain)
-    if frozen and current_engine() != "reference" and not _differentiates(x, chain, joined):
-        with without_autocast(device):
-            cast = x.to(dtype)
-            joined = cast if joined is x else joined
-            return inference.residual(cast, units, joined if projection is None else projection, relu)
-    if any(n is None for _, n in chain):
+    infers = frozen and current_engine() != "reference" and not _differentiates(x, chain, joined)
+    if bare and not infers:
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
-    return functional.residual(x, units, joined if projection is None else projection, relu, memory)
+    with without_autocast(device):
+        cast = x.to(dtype)
+        joined = cast if joined is x else joined
+        joined = joined if projection is None else projection
+        if infers:
+            return inference.residual(cast, units, joined, relu)
+        if current_engine() == "reference":
+            return reference.residual(cast, units, joined, relu)
+        return autograd.residual(cast, units, joined, relu, memory, autocast)
 
 
 def run_unit(

@@ -261,10 +261,16 @@ def _planes(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
+# Bytes of an input below which an operator's output, up to four times as many, is left to the C library: the pool
+# takes blocks of 1 MiB.
+_POOLED_INPUT = 1 << 18
+_NO_POOLING = contextlib.nullcontext()
+
+
 def _pooling(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """What an operator of PyTorch allocates for ``x`` on the CPU comes from the memory pool, too."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.nbytes < _POOLED_INPUT:
+        return _NO_POOLING
     return _C.Pooling()
 
 

@@ -33,6 +33,11 @@ class Conv(NamedTuple):
     packed: Packed | None = None
 
 
+def is_channels_last(t: Tensor) -> bool:
+    """Whether ``t`` is channels_last and not, as with one channel or one pixel, contiguous as well."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
 def output_plane(
     plane: Sequence[int],
     filter: Sequence[int],
@@ -41,10 +46,8 @@ def output_plane(
     dilation: Sequence[int],
 ) -> list[int]:
     """Height and width of what a convolution with ``filter`` (R, S) makes of ``plane`` (H, W)."""
-    return [
-        (size + 2 * p - d * (r - 1) - 1) // s + 1
-        for size, r, s, p, d in zip(plane, filter, stride, padding, dilation, strict=True)
-    ]
+    (h, w), (r, q), (sh, sw), (ph, pw), (dh, dw) = plane, filter, stride, padding, dilation
+    return [(h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (q - 1) - 1) // sw + 1]
 
 
 class Norm(NamedTuple):
