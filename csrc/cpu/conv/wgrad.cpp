@@ -10,13 +10,13 @@
 #include "kernels.h"
 #include "operand.h"
 #include "scratch.h"
+#include "tasks.h"
 #include "wgrad_plan.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kDepthMultiple = 32;
-constexpr int64_t kMix = 7919;   // a prime, larger than the number of tasks
 constexpr int64_t kPieces = 16;  // of a group's rows, spread over threads
 static_assert(kDepthMultiple <= kWgradSlack);
 constexpr int64_t kDepth = 512;  // positions of one product: its operands stay in the second-level cache
@@ -71,18 +71,16 @@ class Wgrad {
     clear(straight, straight_bytes());
     if (!plan_.swapped) clear(transposed, transposed_bytes());
     for (int64_t group = 0; group < plan_.groups; ++group) {
-      // Tiles of channels of the one operand and pieces of the other's rows, in an order that mixes them: each thread gets
-      // a range.
+      // Tiles of channels of the one operand, and pieces of the other's rows.
       const int64_t tasks = row_tiles + pieces;
       at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t index = begin; index < end; ++index) {
-          const int64_t i = index * kMix % tasks;
-          if (i < row_tiles) {
-            const int64_t first = i * kPanel;
+        for (int64_t i = begin; i < end; ++i) {
+          const MixedTask task(i, row_tiles, tasks);
+          if (task.first_kind) {
+            const int64_t first = task.index * kPanel;
             lay_transposed(group, first, std::min<int64_t>(kPanel, plan_.rows_channels - first), transposed);
           } else {
-            const int64_t piece = i - row_tiles;
-            lay_straight(group, rows * piece / pieces, rows * (piece + 1) / pieces, straight);
+            lay_straight(group, rows * task.index / pieces, rows * (task.index + 1) / pieces, straight);
           }
         }
       });

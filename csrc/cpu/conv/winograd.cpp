@@ -14,10 +14,10 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr int64_t kTransformedBytes = 768 << 10;  // of a block's transformed source
-constexpr int kFewestTiles = 48, kMostTiles = 112;  // of a block: rows of its products
+constexpr int kFewestTiles = 64, kMostTiles = 112;  // of a block: rows of its products
 constexpr int64_t kTransformationCost = 2900;  // multiplications per pair of channels
 constexpr int kMostChunks = 64;
-constexpr int kFewBlocks = 16;  // below, panels are spread over threads as well
+constexpr int kFewBlocks = 8;  // below, panels are spread over threads as well
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "operand.h"
 #include "scratch.h"
+#include "tasks.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -121,13 +122,14 @@ class WinogradWgrad {
     return std::min<int64_t>(plan_.units_per_group, plan_.units - group * plan_.units_per_group);
   }
 
-  // Task `index` of a group's layout: a tile of input channels, then one of output channels.
+  // Task `index` of a group's layout: a tile of input channels or one of output channels.
   void lay(int64_t group, int64_t index, const Scratch& operands, const Scratch& temporary) const {
     const int64_t row_tiles = ceil_div(shape_.c, kPanel);
-    if (index < row_tiles) {
-      lay_transposed(group, index * kPanel, transposed(operands), temporary);
+    const MixedTask task(index, row_tiles, row_tiles + ceil_div(shape_.k, kPanel));
+    if (task.first_kind) {
+      lay_transposed(group, task.index * kPanel, transposed(operands), temporary);
     } else {
-      lay_straight(group, index - row_tiles, straight(operands), temporary);
+      lay_straight(group, task.index, straight(operands), temporary);
     }
   }
 
