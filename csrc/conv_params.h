@@ -36,6 +36,7 @@ struct FpropParams {
   const void* coefficients;  // null, or [4, C] acc: the convolution reads relu(scale*x + shift), padding stays 0
   const void* weight;
   DType weight_dtype;
+  const void* packed;  // null, or what `pack` made of the weight, which is then not read; CPU
   const void* bias;  // null, or [K] acc
   void* y;
   void* statistics;  // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
@@ -87,6 +88,9 @@ struct ConvBackend {
   void (*fprop)(const FpropParams&);
   void (*dgrad)(const DgradParams&);
   void (*wgrad)(const WgradParams&);
+  // Weights as fprop multiplies them, whatever the size of its input; null where a device packs nothing.
+  int64_t (*packed_bytes)(const ConvShape&, DType);
+  void (*pack)(const FpropParams&, void* packed);
 };
 
 const ConvBackend& cpu_conv_backend();

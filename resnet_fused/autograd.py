@@ -74,10 +74,10 @@ class _Plan(NamedTuple):
         return len(self.units) - 1
 
     def weight(self, i: int, x: Tensor, weight: Tensor | None) -> Tensor | None:
-        """Unit i's weight as its convolution takes it: native ones on the CPU cast float32 while they read it."""
+        """Unit i's weight as its convolution takes it: some native ones cast it while they read it."""
         if weight is None or not self.cast_weights:
             return weight
-        if self.units[i].native and x.device.type == "cpu" and weight.dtype == torch.float32:
+        if self.units[i].native and ops.casts_weight(x, weight):
             return weight
         return weight.to(x.dtype)
 

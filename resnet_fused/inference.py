@@ -82,11 +82,13 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
         if z is not None:
             return z
     weight, bias = conv.weight, conv.bias
-    if weight.dtype != x.dtype:
-        weight = weight.to(x.dtype)
     geometry = conv.stride, conv.padding, conv.dilation
-    if runs_native(x, conv):
-        return ops.conv_fprop_inference(x, None, weight, _affine(norm, weight, bias), shortcut, relu, *geometry)
+    native = runs_native(x, conv)
+    if weight.dtype != x.dtype and not (native and ops.casts_weight(x, weight)):
+        weight = weight.to(x.dtype)
+    if native:
+        affine = _affine(norm, weight, bias, x.dtype)
+        return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     y = ops.convolution(x, weight, bias, *geometry, conv.groups)
@@ -102,13 +104,13 @@ def _coefficients(n: Norm, dtype: torch.dtype) -> Tensor:
     return ops.bn_coefficients(n.running_mean, n.running_var, n.weight, n.bias, n.eps, dtype)
 
 
-def _affine(norm: Norm | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _affine(norm: Norm | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``[4, K]``: what stands behind a native convolution without a bias of its own."""
     if norm is None:
-        table = weight.new_zeros((4, weight.shape[0]), dtype=ops.acc_dtype(weight.dtype))
+        table = weight.new_zeros((4, weight.shape[0]), dtype=ops.acc_dtype(dtype))
         table[2] = 1
     else:
-        table = _coefficients(norm, weight.dtype)
+        table = _coefficients(norm, dtype)
     if bias is not None:
         table[3] += table[2] * bias
     return table

@@ -379,6 +379,11 @@ def native_reason(
     return None
 
 
+def casts_weight(x: Tensor, weight: Tensor) -> bool:
+    """Whether native convolutions of ``x`` take ``weight`` as it is and round it to x's dtype."""
+    return x.device.type == "cpu" and weight.dtype == torch.float32
+
+
 def native_is_faster(x: Tensor) -> bool:
     """Whether ``engine("auto")`` takes the native convolutions for inputs like ``x``, where they apply.
 
@@ -422,9 +427,27 @@ def conv_fprop_inference(
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    packed: Tensor | None = None,
 ) -> Tensor:
-    """``relu(scale*conv(x) + shift + shortcut)``, with ``affine`` ``[4, K]``; the rest as in :func:`conv_fprop`."""
-    return _ops.conv_fprop_inference(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation)
+    """``relu(scale*conv(x) + shift + shortcut)``, with ``affine`` ``[4, K]``; the rest as in :func:`conv_fprop`.
+
+    ``packed``: what :func:`conv_pack` made of ``weight``, which is then not read; CPU.
+    """
+    return _ops.conv_fprop_inference(
+        x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation, packed
+    )
+
+
+def conv_pack(
+    weight: Tensor,
+    dtype: torch.dtype,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """``weight`` ``[K, C, R, S]`` (float32 or ``dtype``) as a native convolution of ``dtype`` multiplies it: one
+    dimension of ``dtype``, for inputs of any size, on this processor. CPU."""
+    return _ops.conv_pack(weight, dtype, stride, padding, dilation)
 
 
 def conv_dgrad(
@@ -600,7 +623,7 @@ def _(x, coefficients, weight, bias, stride, padding, dilation):
 
 
 @_fake("conv_fprop_inference")
-def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation):
+def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation, packed):
     return _empty_conv_output(x, weight, stride, padding, dilation)
 
 

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from resnet_fused import ops
-from resnet_fused.units import is_channels_last
+from resnet_fused.inference import runs_native
+from resnet_fused.units import Conv, is_channels_last
 
 # How many times as many values an input has as the weight where reordering that does not matter.
 _REORDERED = 4
@@ -24,7 +27,7 @@ class Packed:
     def __init__(self):
         self._source: list[tuple] = []
         self._kept: list[torch.UntypedStorage] = []
-        self._made: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+        self._made: dict[tuple, tuple[Tensor, Tensor | None]] = {}
 
     def __deepcopy__(self, memo) -> Packed:
         return Packed()
@@ -44,10 +47,17 @@ class Packed:
         shortcut: Tensor | None,
         relu: bool,
     ) -> Tensor | None:
-        """``relu(conv(x) + shortcut)``, or None where oneDNN has nothing for inputs like ``x``.
+        """``relu(conv(x) + shortcut)``, or None where nothing is packed for inputs like ``x``.
 
-        Its ReLU, fused into its convolution, returns 0 for NaN.
+        Packed are native convolutions (float32 of 3x3 filters as Winograd's transform of them), else oneDNN's, whose
+        ReLU, fused into its convolution, returns 0 for NaN.
         """
+        if torch.compiler.is_compiling():
+            return None
+        geometry = stride, padding, dilation
+        if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups)):
+            packed, affine = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
+            return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
         if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
             return None
         if not x.is_contiguous(memory_format=torch.channels_last) and not is_channels_last(weight):
@@ -57,6 +67,20 @@ class Packed:
             if x.dtype != torch.float32 or weight.dtype != x.dtype or x.numel() < _REORDERED * weight.numel():
                 return None
             return ops.fused_convolution(x, weight, bias, stride, padding, dilation, groups, shortcut, relu)
+        found = self._get(
+            (x.dtype, "oneDNN"),
+            weight,
+            bias,
+            # oneDNN's layout for one size of input serves all: measured with batches of 1 and 16.
+            lambda: (
+                ops.prepack_weight(weight.detach().to(x.dtype), stride, padding, dilation, groups, list(x.shape)),
+                None if bias is None else bias.detach().to(x.dtype),
+            ),
+        )
+        return ops.fused_convolution(x, *found, stride, padding, dilation, groups, shortcut, relu)
+
+    def _get(self, key: tuple, weight: Tensor, bias: Tensor | None, make: Callable[[], tuple]) -> tuple:
+        """What ``make`` made under ``key`` of these very tensors."""
         tensors = [t for t in (weight, bias) if t is not None]
         source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if source != self._source:
@@ -64,10 +88,19 @@ class Packed:
             # Kept, so that no other tensor comes to lie where these lie.
             self._kept = [t.untyped_storage() for t in tensors]
             self._made.clear()
-        found = self._made.get(x.dtype)
+        found = self._made.get(key)
         if found is None:
-            # oneDNN's layout for one size of input serves all: measured with batches of 1 and 16.
-            packed = ops.prepack_weight(weight.detach().to(x.dtype), stride, padding, dilation, groups, list(x.shape))
-            found = packed, None if bias is None else bias.detach().to(x.dtype)
-            self._made[x.dtype] = found
-        return ops.fused_convolution(x, *found, stride, padding, dilation, groups, shortcut, relu)
+            found = self._made[key] = make()
+        return found
+
+
+def _pack(
+    dtype: torch.dtype, weight: Tensor, bias: Tensor | None, geometry: tuple[tuple[int, int], ...]
+) -> tuple[Tensor, Tensor]:
+    """A native convolution's packed weight, and its bias as an affine map ``[4, K]``."""
+    weight = weight.detach() if weight.dtype == dtype else weight.detach().float()
+    affine = torch.zeros(4, weight.shape[0])
+    affine[2] = 1
+    if bias is not None:
+        affine[3] = bias.detach()
+    return ops.conv_pack(weight, dtype, *geometry), affine

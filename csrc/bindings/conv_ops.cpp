@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "../conv_params.h"
@@ -147,9 +148,45 @@ std::tuple<Tensor, Tensor> conv_fprop(const Tensor& x, const OptionalTensor& coe
   return {y, statistics};
 }
 
+// An input as small as the filter stands for all: packed weights do not depend on it.
+ConvShape shape_of_weight(const ConvLimits& limits, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding,
+                          IntArrayRef dilation) {
+  TORCH_CHECK_VALUE(weight.size() == 4 && dilation.size() == 2, "weight, dilation: expected [K, C, R, S] and two ",
+                    "integers, got ", weight, " and ", dilation);
+  const std::array<int64_t, 4> x{1, weight[1], (weight[2] - 1) * dilation[0] + 1, (weight[3] - 1) * dilation[1] + 1};
+  return conv_shape(limits, x, weight, stride, padding, dilation);
+}
+
+Tensor conv_pack(const Tensor& weight, at::ScalarType dtype, IntArrayRef stride, IntArrayRef padding,
+                 IntArrayRef dilation) {
+  const ConvBackend& backend = backend_of(weight);
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat || weight.scalar_type() == dtype,
+                   "weight: expected float32 or dtype, ", dtype, ", got ", weight.scalar_type());
+  FpropParams p{};
+  p.shape = shape_of_weight(backend.limits, weight.sizes(), stride, padding, dilation);
+  Tensor packed = at::empty({0}, weight.options().dtype(dtype));
+  p.dtype = dtype_of(packed, "dtype");
+  TORCH_CHECK_NOT_IMPLEMENTED(backend.multiplies(p.dtype), "dtype: this processor or PyTorch has no matrix products of ",
+                              dtype, " for native convolutions");
+  const Tensor dense_weight = conform(weight);
+  p.weight = dense_weight.const_data_ptr();
+  p.weight_dtype = dtype_of(weight, "weight");
+  packed.resize_({backend.packed_bytes(p.shape, p.dtype) / static_cast<int64_t>(packed.element_size())});
+  backend.pack(p, packed.data_ptr());
+  return packed;
+}
+
+void check_packed(const Tensor& packed, const ConvShape& shape, DType dtype, const Tensor& x) {
+  TORCH_CHECK_NOT_IMPLEMENTED(backend_of(x).pack != nullptr, "packed: no packed weights on device ", x.device());
+  check_same(packed, "packed", x, "x");
+  const int64_t bytes = backend_of(x).packed_bytes(shape, dtype);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(packed.nbytes()) == bytes && packed.is_contiguous(),
+                    "packed: expected what conv_pack makes of this weight, ", bytes, " bytes, got ", packed.nbytes());
+}
+
 Tensor conv_fprop_inference(const Tensor& x, const OptionalTensor& coefficients, const Tensor& weight,
                             const Tensor& affine, const OptionalTensor& shortcut, bool relu, IntArrayRef stride,
-                            IntArrayRef padding, IntArrayRef dilation) {
+                            IntArrayRef padding, IntArrayRef dilation, const OptionalTensor& packed) {
   check_conv_activation(x, "x");
   check_weight(weight, x, "x");
   const Tensor dense_x = conform(x), dense_weight = conform(weight);
@@ -162,6 +199,10 @@ Tensor conv_fprop_inference(const Tensor& x, const OptionalTensor& coefficients,
     check_like(*shortcut, "shortcut", z, "the output");
     dense_shortcut = conform(*shortcut);
     p.shortcut = dense_shortcut.const_data_ptr();
+  }
+  if (packed.has_value() && packed->defined()) {
+    check_packed(*packed, s, p.dtype, x);
+    p.packed = packed->const_data_ptr();
   }
   if (z.numel() == 0) return z;
   p.y = z.data_ptr();
@@ -293,14 +334,17 @@ void register_for_device(torch::Library& m) {
 }
 }  // namespace
 
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { register_for_device(m); }
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  register_for_device(m);
+  m.impl("conv_pack", conv_pack);
+}
 #ifdef RESNET_FUSED_WITH_CUDA
 TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_for_device(m); }
 #endif
 
 // As the rest of the vocabulary, without a derivative of their own.
 TORCH_LIBRARY_IMPL(resnet_fused, Autograd, m) {
-  for (const char* name : {"conv_fprop", "conv_fprop_inference", "conv_dgrad", "conv_wgrad"}) {
+  for (const char* name : {"conv_fprop", "conv_fprop_inference", "conv_dgrad", "conv_wgrad", "conv_pack"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -39,13 +39,14 @@ TORCH_LIBRARY(resnet_fused, m) {
       "relu_backward_add_(Tensor(a!) out, Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
       "Tensor? z) -> ()");
 
-  // Native convolutions: channels_last, float32 as TF32; CUDA only.
+  // Native convolutions: channels_last; on CUDA float32 as TF32.
   m.def(
       "conv_fprop(Tensor x, Tensor? coefficients, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation) -> (Tensor, Tensor)");
   m.def(
       "conv_fprop_inference(Tensor x, Tensor? coefficients, Tensor weight, Tensor affine, Tensor? shortcut, "
-      "bool relu, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+      "bool relu, int[2] stride, int[2] padding, int[2] dilation, Tensor? packed=None) -> Tensor");
+  m.def("conv_pack(Tensor weight, ScalarType dtype, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
       "conv_dgrad(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor weight, int[2] input_plane, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? addend, Tensor? mask_y, Tensor? mask_coefficients) "

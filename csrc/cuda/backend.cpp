@@ -86,6 +86,8 @@ const ConvBackend& cuda_conv_backend() {
       cuda::on_current_stream<cuda::fprop, FpropParams>,
       cuda::on_current_stream<cuda::dgrad, DgradParams>,
       cuda::on_current_stream<cuda::wgrad, WgradParams>,
+      nullptr,
+      nullptr,
   };
   return backend;
 }

@@ -47,8 +47,33 @@ void convolve(const Params& p, bool forward, const Operand& source) {
   run_direct(plan, source, kernel, packed.at(), Results(p));
 }
 
+// Packed weights serve inputs of any size, so that what suits large ones is chosen: the filter is transformed once.
+int64_t weight_bytes(const ConvShape& s, DType dtype) {
+  return winograd_fits(s, dtype) ? plan_winograd(s, true).packed_floats() * 4 : packed_bytes(fprop_plan(s, dtype), dtype);
+}
+
+void pack(const FpropParams& p, void* packed) {
+  if (winograd_fits(p.shape, p.dtype)) {
+    transform_weights(plan_winograd(p.shape, true), p.shape, true, p.weight, p.weight_dtype,
+                      static_cast<float*>(packed));
+  } else {
+    pack_weights(fprop_plan(p.shape, p.dtype), p.shape, true, p.weight, p.weight_dtype, p.dtype,
+                 microkernel(p.dtype).pairs, packed);
+  }
+}
+
+void fprop_packed(const FpropParams& p, const Operand& source) {
+  const Microkernel& kernel = microkernel(p.dtype);
+  if (winograd_fits(p.shape, p.dtype)) {
+    run_winograd(plan_winograd(p.shape, true), source, kernel, static_cast<const float*>(p.packed), Results(p));
+  } else {
+    run_direct(fprop_plan(p.shape, p.dtype), source, kernel, p.packed, Results(p));
+  }
+}
+
 void fprop(const FpropParams& p) {
-  convolve(p, true, activation_operand(p.dtype, p.shape.c, p.x, p.coefficients));
+  const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
+  p.packed ? fprop_packed(p, source) : convolve(p, true, source);
 }
 
 void dgrad(const DgradParams& p) { convolve(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
@@ -77,6 +102,8 @@ const ConvBackend& cpu_conv_backend() {
       cpu::fprop,
       cpu::dgrad,
       cpu::wgrad,
+      cpu::weight_bytes,
+      cpu::pack,
   };
   return backend;
 }

@@ -146,13 +146,16 @@ class Winograd {
 
 }  // namespace
 
+bool winograd_fits(const ConvShape& s, DType dtype) {
+  return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+}
+
 bool winograd_applies(const ConvShape& s, DType dtype) {
-  const bool fits = dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-                    s.dilation_h == 1 && s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
   // Per pair of channels: multiplications of the direct sums over those over tiles, which pay for the filter's
   // transformation. Measured with 256 channels on 14x14 and 512 on 7x7, which gain from 4 and 16 images on.
   const int64_t tiles = int64_t{s.n} * ceil_div(s.p, 2) * ceil_div(s.q, 2);
-  return fits && 9 * int64_t{s.n} * s.p * s.q - 16 * tiles >= kTransformationCost;
+  return winograd_fits(s, dtype) && 9 * int64_t{s.n} * s.p * s.q - 16 * tiles >= kTransformationCost;
 }
 
 WinogradPlan plan_winograd(const ConvShape& s, bool forward) {

@@ -28,7 +28,9 @@ struct WinogradPlan {
   int64_t packed_floats() const { return int64_t{panels} * 16 * padded_channels * kPanel; }
 };
 
-// Whether the algorithm computes this convolution.
+// Whether the algorithm computes this convolution, and whether it is the faster one where the filter's transformation
+// has to be paid for.
+bool winograd_fits(const ConvShape& s, DType dtype);
 bool winograd_applies(const ConvShape& s, DType dtype);
 
 WinogradPlan plan_winograd(const ConvShape& s, bool forward);
