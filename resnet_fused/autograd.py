@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import inference, ops, reference
+from resnet_fused.choice import Use
 from resnet_fused.units import Conv, Norm, Unit
 
 MEMORY_MODES = ("default", "minimal")
@@ -48,7 +49,8 @@ class _UnitPlan(NamedTuple):
     batch_statistics: bool
     momentum: float | None
     eps: float
-    native: bool
+    native: bool  # dgrad and wgrad
+    native_fprop: bool
 
     @property
     def geometry(self) -> tuple[tuple[int, int], ...]:
@@ -77,7 +79,7 @@ class _Plan(NamedTuple):
         """Unit i's weight as its convolution takes it: some native ones cast it while they read it."""
         if weight is None or not self.cast_weights:
             return weight
-        if self.units[i].native and ops.casts_weight(x, weight):
+        if self.units[i].native_fprop and ops.casts_weight(x, weight):
             return weight
         return weight.to(x.dtype)
 
@@ -86,10 +88,10 @@ class _Plan(NamedTuple):
         return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
 
 
-def _split(u: Unit, native: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
+def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
     conv, norm = u
     c = conv if conv is not None else Conv(None)
-    plan = _UnitPlan(conv is not None, *c[2:6], norm.batch_statistics, norm.momentum, norm.eps, native)
+    plan = _UnitPlan(conv is not None, *c[2:6], norm.batch_statistics, norm.momentum, norm.eps, native, native_fprop)
     return plan, (c.weight, c.bias, *norm[:5])
 
 
@@ -106,7 +108,7 @@ def _convolve(
     plan: _UnitPlan, source: _Source, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution's output and, if it leaves them, the output's statistics."""
-    if plan.native:
+    if plan.native_fprop:
         return ops.conv_fprop(*source, weight, None if bias is None else bias.float(), *plan.geometry)
     x = _activation(source)
     if not plan.convolves:
@@ -456,8 +458,11 @@ def residual(
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
             return inference.residual(x, units, shortcut, relu)
     # Between its units activations keep x's dtype and layout.
-    native = [u.conv is not None and inference.runs_native(x, u.conv) for u in chain]
-    plans, tensors = zip(*(_split(u, n) for u, n in zip(chain, native, strict=True)), strict=True)
+    native = (
+        [u.conv is not None and inference.runs_native(x, u.conv, use) for use in (Use.BACKWARD, Use.FPROP)]
+        for u in chain
+    )
+    plans, tensors = zip(*(_split(u, *n) for u, n in zip(chain, native, strict=True)), strict=True)
     plan = _Plan(plans, join, relu, memory == "minimal", cast_weights)
     external = shortcut if join is Join.TENSOR else None
     return _Block.apply(plan, x, external, *(t for unit in tensors for t in unit))

@@ -23,8 +23,10 @@ def engine(name: str) -> Iterator[None]:
         name: ``"library"``: the library's convolutions (oneDNN, cuDNN) with this package's one-pass kernels around
             them; ``"native"``: this package's convolutions with everything fused into them where they apply
             (:func:`resnet_fused.ops.native_reason`), the library's elsewhere, also within a block;
-            ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: the best that was measured,
-            today ``"library"`` everywhere.
+            ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: what was measured to be the
+            faster of native and library: on the CPU by pass and shape (:mod:`resnet_fused.choice`), elsewhere
+            ``"library"``. On the CPU native 3x3 convolutions of stride 1 in float32 are Winograd's: whoever wants
+            direct sums says ``"library"``.
 
     Raises:
         ValueError: if ``name`` is none of these.

@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.choice import Use, native_is_faster
 from resnet_fused.engine import current_engine
 from resnet_fused.units import Conv, Norm, Unit, is_channels_last
 
 
-def runs_native(x: Tensor, conv: Conv) -> bool:
-    """Whether the engine in force runs ``conv`` of ``x`` natively."""
+def runs_native(x: Tensor, conv: Conv, use: Use) -> bool:
+    """Whether the engine in force runs ``conv`` of ``x`` natively for ``use``."""
     engine = current_engine()
-    if engine != "native" and not (engine == "auto" and ops.native_is_faster(x)):
-        return False
+    if engine != "native":
+        # On a GPU nobody has measured the native convolutions yet.
+        if engine != "auto" or x.device.type != "cpu":
+            return False
+        if not native_is_faster(use, x.dtype, x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation):
+            return False
     return ops.native_reason(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups) is None
 
 
@@ -83,7 +88,7 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
             return z
     weight, bias = conv.weight, conv.bias
     geometry = conv.stride, conv.padding, conv.dilation
-    native = runs_native(x, conv)
+    native = runs_native(x, conv, Use.INFERENCE)
     if weight.dtype != x.dtype and not (native and ops.casts_weight(x, weight)):
         weight = weight.to(x.dtype)
     if native:

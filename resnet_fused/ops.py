@@ -384,15 +384,6 @@ def casts_weight(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def native_is_faster(x: Tensor) -> bool:
-    """Whether ``engine("auto")`` takes the native convolutions for inputs like ``x``, where they apply.
-
-    On the CPU, yes: ``python -m benchmarks --convolutions`` measures each pass with what stands around it. On a GPU
-    nobody has measured them yet.
-    """
-    return x.device.type == "cpu"
-
-
 def conv_fprop(
     x: Tensor,
     coefficients: Tensor | None,

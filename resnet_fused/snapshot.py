@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.choice import Use
 from resnet_fused.inference import runs_native
 from resnet_fused.units import Conv, is_channels_last
 
@@ -55,7 +56,7 @@ class Packed:
         if torch.compiler.is_compiling():
             return None
         geometry = stride, padding, dilation
-        if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups)):
+        if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups), Use.PACKED):
             packed, affine = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
             return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
         if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
