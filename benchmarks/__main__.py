@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
     choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
-    choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's, on a GPU")
+    choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's")
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")

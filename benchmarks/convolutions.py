@@ -3,7 +3,8 @@
 """The convolutions of ResNet-18's and ResNet-50's blocks: the native kernels against the library's, pass by pass, raw
 and fused.
 
-`benchmarks/passes.py` says what that means. A call is timed alone, out of cold caches, without its launching.
+`benchmarks/passes.py` says what that means. On a GPU a call is timed alone, out of cold caches, without its launching;
+on the CPU by the clock on the wall.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SECONDS = 0.1  # of timing, per case
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. ``dtype`` names a key of `DTYPES`; float32 is multiplied as TF32."""
+    """What is measured. ``dtype`` names a key of `DTYPES`; a GPU multiplies float32 as TF32."""
 
     name: str
     shape: Shape
@@ -77,7 +78,7 @@ class Job:
     case: Case
     passes: Passes
     effort: Effort
-    clock: DeviceClock
+    clock: DeviceClock | None  # None on the CPU
 
     def run(self) -> Outcome:
         """Check the native pass by the library's error, then time both."""
@@ -93,9 +94,10 @@ class Job:
         verdict = testing.compare({"fprop": "y", "dgrad": "dx", "wgrad": "dw"}[case.which], found, seen, exact)
         del found, seen, exact
         failures = [] if verdict.passed else [str(verdict)]
-        self.clock.hidden = True
+        if self.clock is not None:
+            self.clock.hidden = True
         raced = race(calls, passes.x.device, self.effort, self.clock)
-        return Outcome(case, Check(1, 1, verdict, failures), raced, self.clock.hidden)
+        return Outcome(case, Check(1, 1, verdict, failures), raced, self.clock is None or self.clock.hidden)
 
 
 class Role(NamedTuple):
@@ -146,16 +148,17 @@ def not_native(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | 
 def native_only(chosen: Mapping[str, Role], settings: Settings) -> tuple[dict[str, Role], list[str], dict[str, str]]:
     """Of the convolutions and the settings' dtypes those that are native; and why others are not, by name."""
     device, smallest = settings.device, Shape(8, 1, 8, 1, 1)
-    reasons = {name: not_native(role.shape, torch.float16, device) for name, role in chosen.items()}
-    reasons |= {dtype: not_native(smallest, DTYPES[dtype], device) for dtype in settings.dtypes}
-    convolutions = {name: role for name, role in chosen.items() if reasons[name] is None}
+    reasons = {dtype: not_native(smallest, DTYPES[dtype], device) for dtype in settings.dtypes}
     dtypes = [dtype for dtype in settings.dtypes if reasons[dtype] is None]
+    for dtype in dtypes[:1]:
+        reasons |= {name: not_native(role.shape, DTYPES[dtype], device) for name, role in chosen.items()}
+    convolutions = {name: role for name, role in chosen.items() if reasons.get(name) is None}
     return convolutions, dtypes, {name: reason for name, reason in reasons.items() if reason}
 
 
 def jobs(chosen: Mapping[str, Role], dtypes: Sequence[str], settings: Settings) -> Iterator[Job]:
     """Every pass of every convolution in both forms, with the batches asked for or `BATCHES`."""
-    clock = DeviceClock(settings.device, HEAD_START)
+    clock = DeviceClock(settings.device, HEAD_START) if settings.device.type == "cuda" else None
     for (name, role), dtype, batch in itertools.product(chosen.items(), dtypes, batches(settings)):
         passes = Passes(role.shape, batch, DTYPES[dtype], settings.device, behind_norm=role.behind_norm)
         for which, form in itertools.product(PASSES, FORMS):

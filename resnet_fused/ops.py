@@ -563,7 +563,8 @@ def _fake(name: str) -> Callable[[Callable], Callable]:
         names = inspect.signature(kernel).parameters
 
         def checked(*arguments):
-            given = {n: t for n, t in zip(names, arguments, strict=True) if isinstance(t, Tensor)}
+            # Arguments with a default may be left out.
+            given = {n: t for n, t in zip(names, arguments, strict=False) if isinstance(t, Tensor)}
             (first, expected), *others = given.items()
             for argument, t in others:
                 if t.device != expected.device:
@@ -614,7 +615,7 @@ def _(x, coefficients, weight, bias, stride, padding, dilation):
 
 
 @_fake("conv_fprop_inference")
-def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation, packed):
+def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation, packed=None):
     return _empty_conv_output(x, weight, stride, padding, dilation)
 
 

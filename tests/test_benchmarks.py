@@ -585,8 +585,8 @@ def test_bandwidth_is_in_a_gpu_s_default_run(monkeypatch, with_kernels, expected
         ["--bandwidth", "--device", "meta"],
         ["--small", "--device", "cuda"],
         ["--profile", "--device", "cuda"],
-        ["--native"],
-        ["--convolutions"],
+        ["--native", "--device", "meta"],
+        ["--convolutions", "--device", "meta"],
     ],
 )
 def test_what_a_device_cannot_run_is_refused(arguments, capsys):

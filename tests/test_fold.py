@@ -137,16 +137,32 @@ def test_constants_are_packed_once_per_dtype(folded, layout, dtype, monkeypatch)
     plain = rf.unfuse(copy.deepcopy(folded))
     for size in ((1, 3, 32, 32), (3, 3, 40, 48)):
         x = torch.randn(size).to(dtype, memory_format=layout)
-        with torch.no_grad():
+        with torch.no_grad(), rf.engine("library"):
             z, expected = folded(x), plain(x)
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(z, expected, atol=tolerance, rtol=tolerance)
         a, b = torch.randn(2, 64, 9, 9).to(dtype, memory_format=layout), folded.layer1[0]
-        with torch.no_grad():
+        with torch.no_grad(), rf.engine("library"):
             assert b(a).stride() == plain.layer1[0](a).stride()
     assert len(calls) == packed(folded)
     if layout is torch.channels_last or dtype != torch.float32:  # contiguous float32 takes the weights as they are
         assert packed(folded) == 20
+
+
+def test_native_constants_are_packed_once_per_dtype(folded, monkeypatch):
+    x = torch.randn(2, 3, 40, 40).to(memory_format=torch.channels_last)
+    if reason := ops.native_reason(x, folded.conv1.weight, (2, 2), (3, 3), (1, 1), 1):
+        pytest.skip(reason)
+    calls = []
+    pack = ops.conv_pack
+    monkeypatch.setattr(ops, "conv_pack", lambda *a: calls.append(1) or pack(*a))
+    folded = folded.to(memory_format=torch.channels_last)
+    plain = rf.unfuse(copy.deepcopy(folded))
+    for size in ((1, 3, 32, 32), (3, 3, 40, 48)):
+        x = torch.randn(size).to(memory_format=torch.channels_last)
+        with torch.no_grad(), rf.engine("native"):
+            torch.testing.assert_close(folded(x), plain(x), atol=1e-4, rtol=1e-4)
+    assert len(calls) == 20
 
 
 WAYS = {

@@ -171,7 +171,7 @@ Tensor conv_pack(const Tensor& weight, at::ScalarType dtype, IntArrayRef stride,
   const Tensor dense_weight = conform(weight);
   p.weight = dense_weight.const_data_ptr();
   p.weight_dtype = dtype_of(weight, "weight");
-  packed.resize_({backend.packed_bytes(p.shape, p.dtype) / static_cast<int64_t>(packed.element_size())});
+  packed.resize_({backend.packed_bytes(p.shape, p.dtype) / static_cast<int64_t>(packed.element_size())}).zero_();
   backend.pack(p, packed.data_ptr());
   return packed;
 }

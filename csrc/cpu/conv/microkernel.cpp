@@ -2,14 +2,12 @@
 // Copyright (c) the resnet_fused authors
 #include "microkernel.h"
 
-#include <ATen/Config.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/cpu/Utils.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <cmath>
 #include <exception>
+#include <type_traits>
 #include <vector>
 
 namespace resnet_fused::cpu {
@@ -55,12 +53,22 @@ bool works() {
   return true;
 }
 
+// Where oneDNN has no microkernel PyTorch computes products of unpaired 16-bit rows too, by a loop.
+template <class T>
+bool multiplies_unpaired() {
+  if constexpr (std::is_same_v<T, float>) return true;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if constexpr (std::is_same_v<T, c10::Half>) return __builtin_cpu_supports("avx512fp16");
+#endif
+  return false;
+}
+
 template <class T>
 Microkernel find() {
   if constexpr (sizeof(T) == 2) {
     if (works<T, true>()) return {true, true, multiply<T, true>};
   }
-  if (works<T, false>()) return {true, false, multiply<T, false>};
+  if (multiplies_unpaired<T>() && works<T, false>()) return {true, false, multiply<T, false>};
   return {};
 }
 

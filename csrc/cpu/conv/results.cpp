@@ -7,6 +7,8 @@
 namespace resnet_fused::cpu {
 namespace {
 
+constexpr int64_t kOriginPixels = 16;
+
 const float* row(const void* table, int64_t index, int64_t channels) {
   return table == nullptr ? nullptr : static_cast<const float*>(table) + index * channels;
 }
@@ -54,8 +56,8 @@ ChunkSums::ChunkSums(const Results& results) : results_(results) {
 }
 
 // Squares are taken about an origin near the mean, so that they do not cancel: the mean of the chunk so far, or
-// the first pixel. A square's rounding is relative to (origin - mean)^2, which the chunk's M2 holds at least a
-// fraction of, since the origin stands for some of its pixels.
+// of its first pixels. A square's rounding is relative to (origin - mean)^2, which the chunk's M2 holds at least a
+// fraction of, since the origin is a mean of some of its pixels.
 PanelSums* ChunkSums::begin(const float* first, int64_t acc_pitch, const Pixels& pixels, int64_t channel,
                             int64_t width) {
   if (!results_.gathers()) return nullptr;
@@ -64,10 +66,13 @@ PanelSums* ChunkSums::begin(const float* first, int64_t acc_pitch, const Pixels&
     if (count_[channel / kPanel] > 0) {
       for (int64_t i = 0; i < width; ++i) panel_.origin[i] = static_cast<float>(mean_[channel + i]);
     } else {
-      results_.finish(first, acc_pitch, {pixels.first, pixels.step, 1}, channel, width, &panel_);
-      std::copy_n(panel_.sum, width, panel_.origin);
-      std::fill_n(panel_.sum, kPanel, 0.0f);
-      std::fill_n(panel_.second, kPanel, 0.0f);
+      // Of the first pixel, then of some about it: sums that begin near the mean do not grow, nor does their rounding.
+      for (const int64_t count : {int64_t{1}, std::min<int64_t>(pixels.count, kOriginPixels)}) {
+        results_.finish(first, acc_pitch, {pixels.first, pixels.step, count}, channel, width, &panel_);
+        for (int64_t i = 0; i < width; ++i) panel_.origin[i] += panel_.sum[i] / static_cast<float>(count);
+        std::fill_n(panel_.sum, kPanel, 0.0f);
+        std::fill_n(panel_.second, kPanel, 0.0f);
+      }
     }
   }
   return &panel_;

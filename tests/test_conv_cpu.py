@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The CPU's native convolutions beside their numbers: threads, instruction sets, packed weights, and who chooses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused import ops
+from resnet_fused.choice import Use, native_is_faster
+from resnet_fused.testing import FLOORS, errors
+
+GEOMETRY = ((1, 1), (1, 1), (1, 1))
+
+
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+
+
+def needs(dtype):
+    x = torch.empty(1, 8, 1, 1, dtype=dtype)
+    if reason := ops.native_reason(x, x, (1, 1), (0, 0), (1, 1), 1):
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+SHAPES = {  # N, C, H, W, K, filter, stride: direct, Winograd's, both kinds of wgrad
+    "pointwise": (3, 72, 30, 30, 40, 1, 1),
+    "strided": (3, 40, 21, 20, 72, 3, 2),
+    "winograd": (3, 48, 30, 29, 80, 3, 1),
+    "wide": (2, 320, 14, 14, 320, 3, 1),
+    "wide_pointwise": (3, 640, 9, 9, 768, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_same_bits_for_any_number_of_threads(threads, name, dtype):
+    needs(dtype)
+    n, c, h, w, k, taps, stride = SHAPES[name]
+    geometry = ((stride, stride), (taps // 2, taps // 2), (1, 1))
+    x, weight = channels_last(n, c, h, w, dtype=dtype), channels_last(k, c, taps, taps, dtype=dtype)
+    table, backward = torch.rand(4, c), torch.rand(5, k)
+    y, _ = ops.conv_fprop(x, table, weight, None, *geometry)
+    grad = torch.randn_like(y)
+
+    def run():
+        return (
+            *ops.conv_fprop(x, table, weight, None, *geometry),
+            *ops.conv_dgrad(grad, y, backward, weight, (h, w), *geometry, x, x, table),
+            ops.conv_wgrad(grad, y, backward, x, table, (taps, taps), *geometry, torch.float32),
+        )
+
+    found = []
+    for count in (1, 2, 8):
+        threads(count)
+        found.append(run())
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# Every pass of a direct and of a Winograd convolution against float64; prints the instruction set and what is native.
+PASSES = """
+import torch, resnet_fused as rf
+from resnet_fused import ops
+from torch.nn.grad import conv2d_input, conv2d_weight
+torch.manual_seed(0)
+x = torch.randn(2, 24, 27, 26).to(memory_format=torch.channels_last)
+worst = 0.0
+for stride in (1, 2):
+    weight = torch.randn(40, 24, 3, 3)
+    geometry = ((stride,) * 2, (1, 1), (1, 1))
+    exact = torch.conv2d(x.double(), weight.double(), None, *geometry)
+    y, _ = ops.conv_fprop(x, None, weight, None, *geometry)
+    grad = torch.randn_like(y)
+    dx, _ = ops.conv_dgrad(grad, None, None, weight, (27, 26), *geometry)
+    dw = ops.conv_wgrad(grad, None, None, x, None, (3, 3), *geometry, torch.float32)
+    of_x = conv2d_input(x.shape, weight.double(), grad.double(), *geometry)
+    of_weight = conv2d_weight(x.double(), weight.shape, grad.double(), *geometry)
+    for found, expected in ((y, exact), (dx, of_x), (dw, of_weight)):
+        worst = max(worst, float((found.double() - expected).abs().max() / expected.abs().max()))
+half = torch.ones(1, 8, 1, 1, dtype=torch.bfloat16)
+reason = ops.native_reason(half, half, (1, 1), (0, 0), (1, 1), 1)
+print(rf.build_info()["cpu_instruction_set"], worst, reason or "native", sep="|")
+"""
+
+
+def run_passes(**environment):
+    found = subprocess.run(
+        [sys.executable, "-c", PASSES], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    instruction_set, worst, bfloat16 = found.stdout.strip().split("|")
+    assert float(worst) <= 4 * FLOORS[torch.float32]
+    return instruction_set, bfloat16
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("default", "baseline"), ("avx2", "avx2")])
+def test_every_instruction_set(capability, expected):
+    needs(torch.float32)
+    if expected not in rf.build_info()["cpu_instruction_sets"]:
+        pytest.skip(f"built without {expected}")
+    assert run_passes(ATEN_CPU_CAPABILITY=capability)[0] == expected
+
+
+def test_a_processor_that_does_not_multiply_bfloat16_says_so():
+    needs(torch.float32)
+    assert "no microkernel for torch.bfloat16" in run_passes(ONEDNN_MAX_CPU_ISA="AVX2")[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_packed_weights(taps, dtype):
+    """The same convolution for inputs of any size, whatever dtype the weight comes in."""
+    needs(dtype)
+    geometry = ((1, 1), (taps // 2, taps // 2), (1, 1))
+    weight, affine = channels_last(40, 24, taps, taps), torch.rand(4, 40)
+    packed = ops.conv_pack(weight, dtype, *geometry)
+    assert torch.equal(packed, ops.conv_pack(weight.to(dtype).float(), dtype, *geometry)) or dtype == torch.float32
+    for shape in ((1, 24, 3, 3), (2, 24, 30, 31)):
+        x = channels_last(*shape, dtype=dtype)
+        arguments = (x, None, weight.to(dtype), affine, None, True, *geometry)
+        z = ops.conv_fprop_inference(*arguments, packed)
+        exact = torch.conv2d(x.double(), weight.to(dtype).double(), None, *geometry)
+        exact = (exact * affine[2].view(1, -1, 1, 1) + affine[3].view(1, -1, 1, 1)).relu()
+        assert errors(z, exact).maximum <= 4 * FLOORS[dtype]
+    with pytest.raises(ValueError, match="packed: expected what conv_pack makes of this weight"):
+        ops.conv_fprop_inference(*arguments, packed[:-1])
+    with pytest.raises(TypeError, match="packed: expected the dtype of x"):
+        ops.conv_fprop_inference(*arguments, packed.double())
+
+
+def test_pack_refuses_other_dtypes():
+    with pytest.raises(TypeError, match="weight: expected float32 or dtype"):
+        ops.conv_pack(torch.ones(8, 8, 1, 1, dtype=torch.float64), torch.float32, (1, 1), (0, 0), (1, 1))
+
+
+@pytest.mark.parametrize("use", list(Use))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_follows_the_table(monkeypatch, use, dtype):
+    """Each rule of resnet_fused.choice on a shape of either side."""
+    weight3, one = (64, 64, 3, 3), ((1, 1), (1, 1), (1, 1))
+
+    def faster(x, weight, geometry=one):
+        return native_is_faster(use, dtype, x, weight, *geometry)
+
+    stem = faster((16, 3, 224, 224), (64, 3, 7, 7), ((2, 2), (3, 3), (1, 1)))
+    assert stem == (use is Use.BACKWARD)
+    large = faster((16, 64, 56, 56), weight3)
+    assert large == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.float32)
+    small = faster((1, 512, 7, 7), (512, 512, 3, 3))
+    assert small == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("engine", ["auto", "library", "native"])
+def test_the_engine_rules(engine):
+    """auto leaves the stem's forward to the library, not its wgrad; the others are wholly one or the other."""
+    needs(torch.float32)
+    unit = rf.ConvBNAct2d(3, 16, 7, 2).to(memory_format=torch.channels_last)
+    x = channels_last(2, 3, 32, 32)
+    with rf.engine(engine), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        unit(x).sum().backward()
+    names = {e.key for e in profile.key_averages()}
+    assert ("resnet_fused::conv_fprop" in names) == (engine == "native")
+    assert ("resnet_fused::conv_wgrad" in names) == (engine != "library")
+
+
+def test_autocast_casts_no_weight_of_a_native_convolution():
+    """It is rounded while it is packed: to the same bits, without a copy."""
+    needs(torch.bfloat16)
+    block = rf.Bottleneck(32, 8).to(memory_format=torch.channels_last)
+    x = channels_last(2, 32, 6, 6, dtype=torch.bfloat16)
+    with rf.engine("native"), torch.autocast("cpu", torch.bfloat16):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            z = block(x)
+        weights = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d)]
+        for w in weights:
+            w.data = w.bfloat16().float()
+    assert "aten::_to_copy" not in {e.key for e in profile.key_averages()}
+    with rf.engine("native"), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), z)
