@@ -62,8 +62,8 @@ def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
     oneDNN's error in channels_last is twice that in contiguous layout, which the tolerance policy does not allow.
     """
     return (
-        x.device.type == "cpu"
-        and dtype in (torch.bfloat16, torch.float16)
+        dtype in (torch.bfloat16, torch.float16)
+        and x.is_cpu
         and x.is_contiguous()
         and not x.is_contiguous(memory_format=torch.channels_last)
     )

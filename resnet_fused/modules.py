@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import autograd, functional, inference, reference
+from resnet_fused import autograd, functional, inference
 from resnet_fused.engine import current_engine, without_autocast
 from resnet_fused.recognise import (
     compute_dtype,
@@ -28,6 +28,7 @@ from resnet_fused.recognise import (
     norm_of,
     norm_reason,
 )
+from resnet_fused.reference import residual as reference_residual
 from resnet_fused.units import Unit
 
 __all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "ConvBNAct2d", "ResBlk", "run_unit"]
@@ -54,32 +55,26 @@ def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
-def _unit(x: Tensor, conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, autocast: bool) -> Unit | None:
+def _unit(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, autocast: bool) -> Unit | None:
     """The data of a pair, or None where it has to be composed."""
     c = n = None
     if conv is not None:
         if conv_reason(conv) is not None:
             return None
         c = conv_of(conv)
-        if (c.weight.dtype != dtype and not autocast) or not _together(x, c[:2]):
+        if c.weight.dtype != dtype and not autocast:
             return None  # eager's error
     if not is_identity(norm):
         if norm_reason(norm) is not None:
             return None
         n = norm_of(norm)
-        if not _together(x, n[:5]):
-            return None
         if type(norm) is not nn.BatchNorm2d and torch.promote_types(dtype, n.running_mean.dtype) != dtype:
             return None  # eager's output leaves dtype, as a frozen batch norm's float32 buffers make it
     return Unit(c, n)
 
 
-def _differentiates(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if x.requires_grad or (shortcut is not None and shortcut.requires_grad):
-        return True
-    return any(t is not None and t.requires_grad for u in units for part in u if part is not None for t in part[:2])
+def _differentiates(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _residual(
@@ -100,13 +95,13 @@ def _residual(
     dtype = compute_dtype(x) if autocast else x.dtype
     units = []
     for conv, norm in pairs:
-        unit = _unit(x, conv, norm, dtype, autocast)
+        unit = _unit(conv, norm, dtype, autocast)
         if unit is None:
             return None
         units.append(unit)
     projection = joined = None
     if isinstance(shortcut, tuple):
-        projection = _unit(x, *shortcut, dtype, autocast)
+        projection = _unit(*shortcut, dtype, autocast)
         if projection is None:
             return None
     elif shortcut is not None:
@@ -116,19 +111,31 @@ def _residual(
         if tuple(joined.shape) != functional.output_shape(x, units):
             return None  # eager broadcasts, or raises
     chain = [*units, projection] if projection is not None else units
-    bare = any(n is None for _, n in chain)
-    frozen = all(n is None or not n.batch_statistics for _, n in chain)
-    infers = frozen and current_engine() != "reference" and not _differentiates(x, chain, joined)
+    bare, frozen = False, True
+    tensors = []
+    for c, n in chain:
+        if c is not None:
+            tensors += c[:2]
+        if n is None:
+            bare = True
+        else:
+            tensors += n[:5]
+            frozen = frozen and not n.batch_statistics
+    if not _together(x, tensors):
+        return None  # eager's error, or, for a batch norm's counter, eager's indifference
+    reference = current_engine() == "reference"
+    infers = frozen and not reference and not _differentiates((x, joined, *tensors))
     if bare and not infers:
         return None  # folded: convolution, shortcut and ReLU are differentiated by their own modules
+    cast = x if x.dtype == dtype else x.to(dtype)
+    joined = projection if projection is not None else cast if joined is x else joined
+    if infers and not autocast:
+        return inference.residual(cast, units, joined, relu)
     with without_autocast(device):
-        cast = x.to(dtype)
-        joined = cast if joined is x else joined
-        joined = joined if projection is None else projection
         if infers:
             return inference.residual(cast, units, joined, relu)
-        if current_engine() == "reference":
-            return reference.residual(cast, units, joined, relu)
+        if reference:
+            return reference_residual(cast, units, joined, relu)
         return autograd.residual(cast, units, joined, relu, memory, autocast)
 
 

@@ -107,7 +107,7 @@ def bn_coefficients(
     dtype: torch.dtype,
 ) -> Tensor:
     """``coefficients`` of an evaluating or frozen batch norm, for activations of ``dtype``."""
-    return _ops.bn_coefficients(running_mean, running_var, weight, bias, eps, acc_dtype(dtype))
+    return _ops.bn_coefficients.default(running_mean, running_var, weight, bias, eps, acc_dtype(dtype))
 
 
 def bn_apply(
@@ -118,7 +118,7 @@ def bn_apply(
     relu: bool = False,
 ) -> Tensor:
     """``relu(scale*y + shift + s)``, ``s`` being the shortcut, or its own affine with ``shortcut_coefficients``."""
-    return _ops.bn_apply(y, coefficients, shortcut, shortcut_coefficients, relu)
+    return _ops.bn_apply.default(y, coefficients, shortcut, shortcut_coefficients, relu)
 
 
 def bn_backward_reduce(
@@ -239,8 +239,8 @@ def _is_matmul(
 ) -> bool:
     """Whether a convolution of ``x`` is a matrix product of views, and planes are small enough to compute it as one."""
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.bfloat16, torch.float16)
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.is_cpu
         and tuple(weight.shape[2:]) == (1, 1)
         and tuple(stride) == (1, 1)
         and tuple(padding) == (0, 0)
@@ -267,9 +267,13 @@ _POOLED_INPUT = 1 << 18
 _NO_POOLING = contextlib.nullcontext()
 
 
+def _pools(x: Tensor) -> bool:
+    return x.is_cpu and not torch.compiler.is_compiling() and x.nbytes >= _POOLED_INPUT
+
+
 def _pooling(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """What an operator of PyTorch allocates for ``x`` on the CPU comes from the memory pool, too."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.nbytes < _POOLED_INPUT:
+    if not _pools(x):
         return _NO_POOLING
     return _C.Pooling()
 
@@ -284,6 +288,8 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """fprop of the library's convolution."""
+    if x.dtype == torch.float32 and not _pools(x):  # small, where every step in Python counts
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     with _pooling(x):
         if _is_matmul(x, weight, stride, padding, groups, _MATMUL_PLANE):
             return _planes(torch.nn.functional.linear(_rows(x), weight.flatten(1), bias), x)
