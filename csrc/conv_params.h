@@ -37,7 +37,7 @@ struct FpropParams {
   const void* weight;
   DType weight_dtype;
   const void* packed;  // null, or what `pack` made of the weight, which is then not read; CPU
-  const void* bias;  // null, or [K] acc
+  const void* bias;    // null, or [K] acc
   void* y;
   void* statistics;  // [tiles, 3, K] acc of the stored y, tiles = fprop_tiles
   // Instead of bias and statistics: z = relu(scale*y + shift + shortcut).
@@ -81,8 +81,8 @@ struct WgradParams {
 // One device's convolutions. Every entry returns after the work is enqueued (CPU: done).
 struct ConvBackend {
   ConvLimits limits;
-  bool (*multiplies)(DType);                           // whether convolutions of this dtype are native here
-  int64_t (*fprop_tiles)(const ConvShape&, DType);     // by shape and dtype alone, as dgrad's
+  bool (*multiplies)(DType);                        // whether convolutions of this dtype are native here
+  int64_t (*fprop_tiles)(const ConvShape&, DType);  // by shape and dtype alone, as dgrad's
   int64_t (*dgrad_tiles)(const ConvShape&, DType);
   int64_t (*wgrad_workspace)(const ConvShape&, DType, DType dw);  // floats
   void (*fprop)(const FpropParams&);

@@ -326,7 +326,7 @@ def convolution_backward(
 
 
 _NATIVE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-# By device: a multiple of channels, at most so many, taps, stride, pixels. Read here, where torch.compile does not trace.
+# By device: a multiple of channels, at most so many, taps, stride, pixels. Read where torch.compile does not trace.
 _NATIVE_LIMITS: dict[str, tuple[int, int, int, int, int]] = {
     device: _C.native_limits(device) for device in (("cpu", "cuda") if _WITH_CUDA else ("cpu",))
 }

@@ -57,7 +57,8 @@ class Packed:
             return None
         geometry = stride, padding, dilation
         if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups), Use.PACKED):
-            packed, affine = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
+            found = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
+            packed, affine = found
             return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
         if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
             return None

@@ -34,9 +34,7 @@ at::TensorOptions acc_options(const Tensor& like, at::ScalarType acc) {
 }
 
 // A new tensor of the layout that the kernels walk.
-Tensor empty_like(const Dense& dense) {
-  return empty_pooled(dense.tensor, dense.tensor.sizes(), dense.format);
-}
+Tensor empty_like(const Dense& dense) { return empty_pooled(dense.tensor, dense.tensor.sizes(), dense.format); }
 
 bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 

@@ -140,7 +140,8 @@ std::tuple<Tensor, Tensor> conv_fprop(const Tensor& x, const OptionalTensor& coe
   }
   Tensor y = empty_activation(x, s.k, s.p, s.q);
   if (y.numel() == 0) return {y, at::zeros({1, kStatisticsRows, s.k}, x.options().dtype(at::kFloat))};
-  Tensor statistics = at::empty({backend_of(x).fprop_tiles(s, p.dtype), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
+  Tensor statistics =
+      at::empty({backend_of(x).fprop_tiles(s, p.dtype), kStatisticsRows, s.k}, x.options().dtype(at::kFloat));
   p.y = y.data_ptr();
   p.statistics = statistics.data_ptr();
   const c10::DeviceGuard guard(x.device());
@@ -166,8 +167,9 @@ Tensor conv_pack(const Tensor& weight, at::ScalarType dtype, IntArrayRef stride,
   p.shape = shape_of_weight(backend.limits, weight.sizes(), stride, padding, dilation);
   Tensor packed = at::empty({0}, weight.options().dtype(dtype));
   p.dtype = dtype_of(packed, "dtype");
-  TORCH_CHECK_NOT_IMPLEMENTED(backend.multiplies(p.dtype), "dtype: this processor or PyTorch has no matrix products of ",
-                              dtype, " for native convolutions");
+  TORCH_CHECK_NOT_IMPLEMENTED(backend.multiplies(p.dtype),
+                              "dtype: this processor or PyTorch has no matrix products of ", dtype,
+                              " for native convolutions");
   const Tensor dense_weight = conform(weight);
   p.weight = dense_weight.const_data_ptr();
   p.weight_dtype = dtype_of(weight, "weight");

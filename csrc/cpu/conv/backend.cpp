@@ -49,7 +49,8 @@ void convolve(const Params& p, bool forward, const Operand& source) {
 
 // Packed weights serve inputs of any size, so that what suits large ones is chosen: the filter is transformed once.
 int64_t weight_bytes(const ConvShape& s, DType dtype) {
-  return winograd_fits(s, dtype) ? plan_winograd(s, true).packed_floats() * 4 : packed_bytes(fprop_plan(s, dtype), dtype);
+  return winograd_fits(s, dtype) ? plan_winograd(s, true).packed_floats() * 4
+                                 : packed_bytes(fprop_plan(s, dtype), dtype);
 }
 
 void pack(const FpropParams& p, void* packed) {

@@ -217,8 +217,8 @@ void pack_weights(const DirectPlan& plan, const ConvShape& s, bool forward, cons
       WeightPanel w{};
       w.from = from, w.to = to, w.pairs = pairs;
       w.stride_n = forward ? filter : 1, w.stride_d = forward ? 1 : filter;
-      w.weight = static_cast<const char*>(weight) +
-                 (int64_t{tap.index} * s.c + panel * kPanel * w.stride_n) * bytes_of(from);
+      w.weight =
+          static_cast<const char*>(weight) + (int64_t{tap.index} * s.c + panel * kPanel * w.stride_n) * bytes_of(from);
       w.width = std::min<int64_t>(kPanel, plan.target_channels - panel * kPanel);
       w.depth = plan.source_channels, w.padded_depth = plan.padded_channels;
       w.out = static_cast<char*>(packed) + (panel * plan.weight_rows + tap.row) * kPanel * bytes_of(to);

@@ -16,8 +16,8 @@ namespace resnet_fused::cpu {
 int64_t packed_bytes(const DirectPlan& plan, DType dtype);
 
 // `weight` KRSC of dtype `from`; `forward`: for fprop, else for dgrad.
-void pack_weights(const DirectPlan& plan, const ConvShape& shape, bool forward, const void* weight, DType from, DType to,
-                  bool pairs, void* packed);
+void pack_weights(const DirectPlan& plan, const ConvShape& shape, bool forward, const void* weight, DType from,
+                  DType to, bool pairs, void* packed);
 
 void run_direct(const DirectPlan& plan, const Operand& source, const Microkernel& kernel, const void* packed,
                 const Results& results);

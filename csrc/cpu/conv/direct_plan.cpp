@@ -10,8 +10,8 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int kProductRows = 112;         // of a product: enough to hide what it costs to begin one
-constexpr int kBlockRows = 256;           // of a block whose weights do not stay in cache
+constexpr int kProductRows = 112;              // of a product: enough to hide what it costs to begin one
+constexpr int kBlockRows = 256;                // of a block whose weights do not stay in cache
 constexpr int64_t kCachedWeights = 512 << 10;  // bytes
 constexpr int64_t kBlockScratch = 512 << 10;   // bytes
 constexpr int kMostChunks = 64;

@@ -20,18 +20,18 @@ namespace resnet_fused::cpu {
 
 // Taps of one filter row that read neighbouring source pixels.
 struct TapRun {
-  int row, column;                // source offset of the first
-  std::vector<int> taps;          // r*S + s, in the order of the source's columns
-  int64_t depth;                  // taps * padded channels
-  int64_t weight_row;             // where its weights begin in the packed panel
+  int row, column;        // source offset of the first
+  std::vector<int> taps;  // r*S + s, in the order of the source's columns
+  int64_t depth;          // taps * padded channels
+  int64_t weight_row;     // where its weights begin in the packed panel
 };
 
 struct Parity {
   int first_row, first_column;  // of the target
   int rows, columns;
   std::vector<TapRun> runs;
-  int64_t depth;          // of all runs
-  int64_t first_panel;    // of its packed weights, in rows of kPanel values
+  int64_t depth;        // of all runs
+  int64_t first_panel;  // of its packed weights, in rows of kPanel values
 };
 
 struct DirectPlan {
@@ -47,16 +47,16 @@ struct DirectPlan {
   int first_row, last_row, first_column, column_step, pitch, column_stride;
   int shared_columns;  // of the padding on the right, which the next row's padding on the left stands for
 
-  int rows_per_unit;   // target rows of a parity (pixels where pointwise) that are one product
-  int units;           // of all images
+  int rows_per_unit;    // target rows of a parity (pixels where pointwise) that are one product
+  int units;            // of all images
   int units_per_block;  // share what is read of the weights
-  int chunks;          // of blocks, each with statistics of its own
+  int chunks;           // of blocks, each with statistics of its own
   int panels, panel_groups;
 
-  int64_t weight_rows;      // of kPanel values, of one panel
-  int64_t scratch_rows;     // of the padded copy of a unit
-  int64_t scratch_values;   // of a unit
-  int64_t product_rows;     // at most, of one product
+  int64_t weight_rows;     // of kPanel values, of one panel
+  int64_t scratch_rows;    // of the padded copy of a unit
+  int64_t scratch_values;  // of a unit
+  int64_t product_rows;    // at most, of one product
   int blocks() const { return (units + units_per_block - 1) / units_per_block; }
 };
 

@@ -22,7 +22,7 @@ struct Operand {
   int64_t channels;
   const void* x;
   const void* y;
-  const float* first;  // [C]: scale or a
+  const float* first;   // [C]: scale or a
   const float* second;  // shift or b
   const float* third;   // c
 };

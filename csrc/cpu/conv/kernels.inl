@@ -248,7 +248,7 @@ void finish_backward(const BackwardEpilogue& e, const float* acc, int64_t acc_pi
       dispatch_flag(e.mask_y != nullptr, [&](auto mask) {
         for_lanes(width, [&](auto lanes, int64_t i) {
           finish_backward_lanes<decltype(t), addend.value, mask.value, lanes.value>(e, acc, acc_pitch, pixels, channel,
-                                                                                   i, sums);
+                                                                                    i, sums);
         });
       });
     });
@@ -522,8 +522,8 @@ void winograd_finish_weights(const WeightGradient& g, int64_t product_pitch, int
 
 }  // namespace
 
-const ConvKernels RESNET_FUSED_CONV_KERNELS = {load, load_transposed, load_pairs, finish_forward, finish_backward, pack,
-                                               finish_weights,  winograd_source, winograd_results, winograd_weights,
-                                               winograd_gradient, winograd_finish_weights};
+const ConvKernels RESNET_FUSED_CONV_KERNELS = {
+    load,           load_transposed, load_pairs,       finish_forward,   finish_backward,   pack,
+    finish_weights, winograd_source, winograd_results, winograd_weights, winograd_gradient, winograd_finish_weights};
 
 }  // namespace resnet_fused::cpu

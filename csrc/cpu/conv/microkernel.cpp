@@ -27,9 +27,7 @@ bool works() {
   constexpr int64_t m = 9, n = 32, k = 24, lda = 8;
   std::vector<T> a(m * lda + k), b(k * n);
   for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(static_cast<int>(i * 7 % 11) - 5);
-  const auto value = [](int64_t row, int64_t column) {
-    return static_cast<float>((row * 5 + column * 3) % 9 - 4);
-  };
+  const auto value = [](int64_t row, int64_t column) { return static_cast<float>((row * 5 + column * 3) % 9 - 4); };
   for (int64_t row = 0; row < k; ++row) {
     for (int64_t column = 0; column < n; ++column) {
       const int64_t at = kPairs ? (row / 2) * 2 * n + 2 * column + row % 2 : row * n + column;

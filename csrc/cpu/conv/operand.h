@@ -9,9 +9,7 @@
 
 namespace resnet_fused::cpu {
 
-inline int64_t bytes_of(DType dtype) {
-  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
-}
+inline int64_t bytes_of(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
 
 // x, or relu(scale*x + shift).
 inline Operand activation_operand(DType dtype, int64_t channels, const void* x, const void* coefficients) {

@@ -155,8 +155,8 @@ class Wgrad {
     const ConvKernels& kernels = conv_kernels();
     const int64_t length = plan_.row_length;
     const auto at = [&](int64_t phase, int64_t row, int64_t column) {
-      return out + (channel * length + phase * plan_.phase_length + plan_.lead + row * plan_.pitch + column) *
-                       value_bytes_;
+      return out +
+             (channel * length + phase * plan_.phase_length + plan_.lead + row * plan_.pitch + column) * value_bytes_;
     };
     for (int64_t i = 0; i < plan_.images_per_group; ++i) {
       const Segment segment = segment_at(group, i);
@@ -236,12 +236,13 @@ class Wgrad {
         for (int64_t s = 0; s < shape_.s; ++s) {
           const int64_t row = r * shape_.dilation_h, column = s * shape_.dilation_w;
           const int64_t phase = row % shape_.stride_h * plan_.phases_w + column % shape_.stride_w;
-          const int64_t shift = (row / shape_.stride_h - plan_.lead_row) * plan_.pitch + column / shape_.stride_w -
-                                plan_.lead_column;
-          const char* a = transposed +
-                          (first_row * plan_.row_length + phase * plan_.phase_length + plan_.lead + d + shift) *
-                              value_bytes_;
-          float* c = sums + ((r * shape_.s + s) * plan_.rows_channels + first_row) * plan_.padded_columns + first_column;
+          const int64_t shift =
+              (row / shape_.stride_h - plan_.lead_row) * plan_.pitch + column / shape_.stride_w - plan_.lead_column;
+          const char* a =
+              transposed +
+              (first_row * plan_.row_length + phase * plan_.phase_length + plan_.lead + d + shift) * value_bytes_;
+          float* c =
+              sums + ((r * shape_.s + s) * plan_.rows_channels + first_row) * plan_.padded_columns + first_column;
           kernel_.multiply(m, n, k, plan_.row_length, kPanel, plan_.padded_columns, add || d > 0, a, b, c);
         }
       }

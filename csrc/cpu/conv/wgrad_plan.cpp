@@ -7,9 +7,9 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kSplitSums = 1280 << 10;    // bytes of partial sums that stay in cache while pixels pass
-constexpr int64_t kGroupBytes = 768 << 10;   // of a group's operands, where a thread works on them alone
-constexpr int64_t kSharedBytes = 16 << 20;   // where all threads do
+constexpr int64_t kSplitSums = 1280 << 10;  // bytes of partial sums that stay in cache while pixels pass
+constexpr int64_t kGroupBytes = 768 << 10;  // of a group's operands, where a thread works on them alone
+constexpr int64_t kSharedBytes = 16 << 20;  // where all threads do
 constexpr int kMostSplits = 8;
 constexpr int kPointwiseRow = 512;  // pixels
 

@@ -20,10 +20,10 @@ namespace resnet_fused::cpu {
 inline constexpr int64_t kWgradSlack = 32;
 
 struct WgradPlan {
-  bool swapped;            // pointwise with fewer output channels: the gradient is the operand that is transposed
-  int rows_channels;       // channels of the operand that is transposed, and of the product's rows
-  int columns_channels;    // the other's
-  int padded_columns;      // to 16
+  bool swapped;          // pointwise with fewer output channels: the gradient is the operand that is transposed
+  int rows_channels;     // channels of the operand that is transposed, and of the product's rows
+  int columns_channels;  // the other's
+  int padded_columns;    // to 16
   int taps;
 
   int phases_h, phases_w;     // of the stride that some tap reads
@@ -32,10 +32,10 @@ struct WgradPlan {
   int images_per_group;       // whole images; 1 where images are cut
   int rows_per_group;         // output rows
   int groups;
-  int64_t lead;               // positions before the first, read by taps and zero
-  int64_t positions;          // of a group: depth of its products
-  int64_t phase_length;       // values per channel and phase
-  int64_t row_length;         // values per channel: all phases
+  int64_t lead;          // positions before the first, read by taps and zero
+  int64_t positions;     // of a group: depth of its products
+  int64_t phase_length;  // values per channel and phase
+  int64_t row_length;    // values per channel: all phases
 
   int splits;     // of the groups, each with partial sums of its own; 1: channel tiles are spread over threads instead
   bool by_tiles;  // the latter

@@ -13,9 +13,9 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kTransformedBytes = 768 << 10;  // of a block's transformed source
+constexpr int64_t kTransformedBytes = 768 << 10;    // of a block's transformed source
 constexpr int kFewestTiles = 64, kMostTiles = 112;  // of a block: rows of its products
-constexpr int64_t kTransformationCost = 2900;  // multiplications per pair of channels
+constexpr int64_t kTransformationCost = 2900;       // multiplications per pair of channels
 constexpr int kMostChunks = 64;
 constexpr int kFewBlocks = 8;  // below, panels are spread over threads as well
 
@@ -40,8 +40,8 @@ class Winograd {
 
   void run(int64_t chunk, int64_t first_panel, int64_t last_panel, const Scratch& scratch) const {
     ChunkSums sums(results_);
-    for (int64_t b = int64_t{plan_.blocks} * chunk / plan_.chunks; b < int64_t{plan_.blocks} * (chunk + 1) / plan_.chunks;
-         ++b) {
+    for (int64_t b = int64_t{plan_.blocks} * chunk / plan_.chunks;
+         b < int64_t{plan_.blocks} * (chunk + 1) / plan_.chunks; ++b) {
       run_block(b, first_panel, last_panel, sums, scratch);
     }
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -147,8 +147,8 @@ class Winograd {
 }  // namespace
 
 bool winograd_fits(const ConvShape& s, DType dtype) {
-  return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 &&
-         s.dilation_h == 1 && s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+  return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
 }
 
 bool winograd_applies(const ConvShape& s, DType dtype) {
@@ -197,8 +197,8 @@ void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forwar
       WinogradWeights w{};
       w.panel.from = from, w.panel.to = DType::Float32;
       w.panel.stride_n = forward ? filter : 1, w.panel.stride_d = forward ? 1 : filter;
-      w.panel.weight =
-          static_cast<const char*>(weight) + (panel * kPanel * w.panel.stride_n + depth * w.panel.stride_d) * bytes_of(from);
+      w.panel.weight = static_cast<const char*>(weight) +
+                       (panel * kPanel * w.panel.stride_n + depth * w.panel.stride_d) * bytes_of(from);
       w.panel.width = std::min<int64_t>(kPanel, plan.target_channels - panel * kPanel);
       w.panel.depth = std::min<int64_t>(16, plan.source_channels - depth), w.panel.padded_depth = 16;
       w.panel.out = packed + (panel * 16 * plan.padded_channels + depth) * kPanel;

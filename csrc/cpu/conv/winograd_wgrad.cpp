@@ -28,8 +28,8 @@ struct Plan {
   int64_t tile_rows, tile_columns, units;
   int64_t padded_columns;  // output channels, to 16
   int64_t units_per_group, groups, splits;
-  bool by_tiles;            // channel tiles are spread over threads instead of groups
-  int64_t row_pitch;        // of an input channel in the transposed operand
+  bool by_tiles;                                          // channel tiles are spread over threads instead of groups
+  int64_t row_pitch;                                      // of an input channel in the transposed operand
   int64_t transposed_pitch, straight_pitch, panel_pitch;  // floats of one of the 16 products' operands
 };
 
@@ -136,7 +136,8 @@ class WinogradWgrad {
   // Rows [row, row + rows) of an operand's image as [rows, copy columns, kPanel], from `column` on; zero outside.
   void copy_rows(const Operand& operand, int64_t height, int64_t width, int64_t image, int64_t row, int64_t rows,
                  int64_t column, int64_t columns, int64_t channel, int64_t channels, float* out) const {
-    const int64_t low = std::clamp<int64_t>(-column, 0, columns), high = std::clamp<int64_t>(width - column, low, columns);
+    const int64_t low = std::clamp<int64_t>(-column, 0, columns),
+                  high = std::clamp<int64_t>(width - column, low, columns);
     for (int64_t i = row; i < row + rows; ++i, out += columns * kPanel) {
       if (i < 0 || i >= height) {
         std::memset(out, 0, columns * kPanel * 4);
@@ -165,8 +166,8 @@ class WinogradWgrad {
                                 batch + i * plan_.tile_columns * kPanel, batch_pitch());
       }
       for (int64_t i = 0; i < 16; ++i) {
-        const Operand tiles{DType::Float32, Prologue::kNone, kPanel, batch + i * batch_pitch(), nullptr,
-                            nullptr,        nullptr,         nullptr};
+        const Operand tiles{DType::Float32, Prologue::kNone, kPanel,  batch + i * batch_pitch(),
+                            nullptr,        nullptr,         nullptr, nullptr};
         kernels.load_transposed(
             tiles, {0, 1, count * plan_.tile_columns}, 0, width,
             out + i * plan_.transposed_pitch + channel * plan_.row_pitch + first * plan_.tile_columns, plan_.row_pitch);
