@@ -235,7 +235,9 @@ class _Block(torch.autograd.Function):
             """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
             statistics = plan.units[i].batch_statistics
             if sums is None:  # a frozen one that nothing of is to be learnt: dy = scale*g
-                return torch.nn.functional.pad(coefficients[i][2:3], (0, 0, 2, 2))
+                b = coefficients[i].new_zeros((5, coefficients[i].shape[1]))
+                b[2] = coefficients[i][2]
+                return b
             b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
             _, bias, gamma, beta = parameters[i]
             if needs[i][2]:

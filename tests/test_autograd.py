@@ -10,7 +10,7 @@ from simulator import simulated
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused import functional
+from resnet_fused import functional, ops
 from resnet_fused.functional import Conv, Norm, Unit
 
 IN = 4
@@ -236,3 +236,19 @@ def test_checkpointing(device):
     expected, x.grad = x.grad, None
     checkpoint(block, x, use_reentrant=False).square().sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_frozen_network_reduces_nothing_and_recomputes_no_activation(device, monkeypatch):
+    block = rf.BasicBlock(8, 8).to(device).eval().requires_grad_(False)
+    x = torch.randn(2, 8, 6, 6, device=device, requires_grad=True)
+    z = block(x)
+    calls = []
+    for name in ("bn_apply", "bn_backward_reduce", "bn_backward_finalize", "convolution_backward"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, f=function, **k: calls.append(n) or f(*a, **k))
+    (found,) = torch.autograd.grad(z.square().sum(), x)
+    assert calls == ["convolution_backward"] * 2
+    with rf.engine("reference"):
+        (expected,) = torch.autograd.grad(block(x).square().sum(), x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -276,3 +276,28 @@ def test_cuda_keeps_nothing_between_calls():
             assert not torch.allclose(block(x), before)
             torch.testing.assert_close(block(x), eager(block, x), atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(replayed, eager(block, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_in_16_bits_runs_channels_last_inside(device, dtype):
+    """One copy of the input instead of two per block; not where a hook, or a module we do not know, would see it."""
+    network = NETWORKS["fused"](rf.BasicBlock, [1, 1, 1, 1]).to(dtype).eval()
+    x = torch.randn(2, 3, 64, 64).to(dtype)
+    formats = []
+    convolution = ops.convolution
+
+    def watch(x, *arguments):
+        formats.append(x.is_contiguous(memory_format=torch.channels_last))
+        return convolution(x, *arguments)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "convolution", watch)
+        network(x)
+        assert len(formats) == 12 and all(formats) == (dtype == torch.bfloat16)
+    seen = []
+    handle = network.layer2.register_forward_hook(lambda module, args, output: seen.append(output.is_contiguous()))
+    with torch.no_grad():
+        network(x)
+    handle.remove()
+    assert seen == [True]
