@@ -3,8 +3,9 @@
 """What ``engine("auto")`` takes on the CPU: native or the library's, per pass and class of shapes, as measured.
 
 Time of the library's way (its convolution and the one-pass kernels around it; for ``PACKED`` oneDNN's convolution with
-packed weights and post-ops) over the native one's, by ``python -m benchmarks --convolutions --device cpu``'s shapes
-(ResNet-50's, channels_last), 2 cores with AVX-512 and AMX, torch 2.14.1; one figure per shape or the range of several:
+packed weights and post-ops) over the native one's: ResNet-50's shapes, channels_last, 224x224, both in turn, medians,
+2 cores with AVX-512 and AMX, torch 2.14.1. The range over the shapes; ``python -m benchmarks --convolutions`` measures
+the training passes anew.
 
 =============================== ============ ============ ============ ============
                                 float32, 16  bfloat16, 16 float32, 1   bfloat16, 1
