@@ -11,11 +11,11 @@ the training passes anew.
                                 float32, 16  bfloat16, 16 float32, 1   bfloat16, 1
                                 images       images       image        image
 =============================== ============ ============ ============ ============
-``FPROP`` 1x1                   1.0 to 1.9   0.9 to 2.5   1.2 to 3.3   1.2 to 2.9
-``FPROP`` 3x3                   1.4 to 1.7   0.9 to 1.3   see Winograd 1.1 to 1.9
+``FPROP`` 1x1                   1.0 to 1.9   0.7 to 2.5   1.2 to 3.3   1.2 to 2.9
+``FPROP`` 3x3                   1.0 to 1.7   0.9 to 1.3   0.4 to 1.6   1.1 to 1.9
 ``FPROP`` 3x3, stride 2         0.9 to 1.1   1.2 to 1.5   1.0 to 1.2   1.3 to 2.0
 ``FPROP`` 3 channels            0.9          0.4          0.9          0.5
-``BACKWARD`` all                1.0 to 1.4   0.9 to 1.6   0.9 to 1.7   1.0 to 1.9
+``BACKWARD`` all                0.9 to 1.5   0.8 to 1.9   0.7 to 1.9   0.7 to 1.9
 ``INFERENCE`` 1x1               1.0 to 1.2   0.8 to 1.6   1.1 to 1.7   1.1 to 2.2
 ``INFERENCE`` 3x3               1.1 to 1.7   0.8 to 0.9   0.9 to 1.4   1.2 to 1.4
 ``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.3   0.8 to 0.9   1.2 to 1.8
