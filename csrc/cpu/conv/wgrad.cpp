@@ -69,7 +69,7 @@ class Wgrad {
     const int64_t rows = int64_t{plan_.images_per_group} * plan_.rows_per_group;
     const int64_t pieces = std::min<int64_t>(rows, kPieces);
     clear(straight, straight_bytes());
-    if (!plan_.swapped) clear(transposed, transposed_bytes());
+    clear(transposed, transposed_bytes());  // what stands beside pixels is multiplied by zero: it must be finite
     for (int64_t group = 0; group < plan_.groups; ++group) {
       // Tiles of channels of the one operand, and pieces of the other's rows.
       const int64_t tasks = row_tiles + pieces;
