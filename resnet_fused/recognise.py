@@ -16,6 +16,7 @@ from resnet_fused.units import DTYPES, Conv, Norm
 # The attribute in which a folded convolution has its resnet_fused.snapshot.Packed.
 PACKED = "_packed"
 
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its ``forward``."""
     state = module.__dict__

@@ -53,14 +53,14 @@ class Packed:
         Packed are native convolutions (float32 of 3x3 filters as Winograd's transform of them), else oneDNN's, whose
         ReLU, fused into its convolution, returns 0 for NaN.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or weight.requires_grad:
             return None
         geometry = stride, padding, dilation
         if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups), Use.PACKED):
             found = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
             packed, affine = found
             return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
-        if x.device.type != "cpu" or weight.requires_grad or not ops.has_fused_convolution(x.dtype):
+        if x.device.type != "cpu" or not ops.has_fused_convolution(x.dtype):
             return None
         if not x.is_contiguous(memory_format=torch.channels_last) and not is_channels_last(weight):
             # Packed weights imply channels_last; in float32 alone oneDNN takes others, but reorders them in the call

@@ -510,7 +510,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     The copy is a snapshot. On the CPU its convolutions keep their weights packed from their first call on: later
     writes to the copy's weights need not be seen (``load_state_dict`` and ``to`` are, and :func:`unfuse` ends it).
-    There its ReLUs are oneDNN's, which return 0 for NaN.
+    There ReLUs that oneDNN fuses into its convolutions return 0 for NaN.
 
     Raises:
         TypeError: if ``model`` is no module.
