@@ -30,54 +30,59 @@ int64_t dgrad_tiles(const ConvShape& s, DType dtype) {
   return winograd_applies(s, dtype) ? plan_winograd(s, false).chunks : dgrad_plan(s, dtype).chunks;
 }
 
-// fprop or dgrad, whose parameters name their parts alike.
+// The two algorithms of fprop and dgrad behind one set of functions; weights are packed for one of them.
+DirectPlan direct_plan(const ConvShape& s, DType dtype, bool forward) {
+  return forward ? fprop_plan(s, dtype) : dgrad_plan(s, dtype);
+}
+
+int64_t weight_bytes(const ConvShape& s, DType dtype, bool forward, bool winograd) {
+  return winograd ? plan_winograd(s, forward).packed_floats() * 4 : packed_bytes(direct_plan(s, dtype, forward), dtype);
+}
+
 template <class Params>
-void convolve(const Params& p, bool forward, const Operand& source) {
-  const Microkernel& kernel = microkernel(p.dtype);
-  if (winograd_applies(p.shape, p.dtype)) {
-    const WinogradPlan plan = plan_winograd(p.shape, forward);
-    const Scratch packed(plan.packed_floats() * 4);
-    transform_weights(plan, p.shape, forward, p.weight, p.weight_dtype, packed.at<float>());
-    run_winograd(plan, source, kernel, packed.at<float>(), Results(p));
-    return;
-  }
-  const DirectPlan plan = forward ? fprop_plan(p.shape, p.dtype) : dgrad_plan(p.shape, p.dtype);
-  const Scratch packed(packed_bytes(plan, p.dtype));
-  pack_weights(plan, p.shape, forward, p.weight, p.weight_dtype, p.dtype, kernel.pairs, packed.at());
-  run_direct(plan, source, kernel, packed.at(), Results(p));
-}
-
-// Packed weights serve inputs of any size, so that what suits large ones is chosen: the filter is transformed once.
-int64_t weight_bytes(const ConvShape& s, DType dtype) {
-  return winograd_fits(s, dtype) ? plan_winograd(s, true).packed_floats() * 4
-                                 : packed_bytes(fprop_plan(s, dtype), dtype);
-}
-
-void pack(const FpropParams& p, void* packed) {
-  if (winograd_fits(p.shape, p.dtype)) {
-    transform_weights(plan_winograd(p.shape, true), p.shape, true, p.weight, p.weight_dtype,
+void pack(const Params& p, bool forward, bool winograd, void* packed) {
+  if (winograd) {
+    transform_weights(plan_winograd(p.shape, forward), p.shape, forward, p.weight, p.weight_dtype,
                       static_cast<float*>(packed));
   } else {
-    pack_weights(fprop_plan(p.shape, p.dtype), p.shape, true, p.weight, p.weight_dtype, p.dtype,
+    pack_weights(direct_plan(p.shape, p.dtype, forward), p.shape, forward, p.weight, p.weight_dtype, p.dtype,
                  microkernel(p.dtype).pairs, packed);
   }
 }
 
-void fprop_packed(const FpropParams& p, const Operand& source) {
+template <class Params>
+void run_packed(const Params& p, bool forward, bool winograd, const Operand& source, const void* packed) {
   const Microkernel& kernel = microkernel(p.dtype);
-  if (winograd_fits(p.shape, p.dtype)) {
-    run_winograd(plan_winograd(p.shape, true), source, kernel, static_cast<const float*>(p.packed), Results(p));
+  if (winograd) {
+    run_winograd(plan_winograd(p.shape, forward), source, kernel, static_cast<const float*>(packed), Results(p));
   } else {
-    run_direct(fprop_plan(p.shape, p.dtype), source, kernel, p.packed, Results(p));
+    run_direct(direct_plan(p.shape, p.dtype, forward), source, kernel, packed, Results(p));
   }
 }
 
-void fprop(const FpropParams& p) {
-  const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
-  p.packed ? fprop_packed(p, source) : convolve(p, true, source);
+template <class Params>
+void run(const Params& p, bool forward, const Operand& source) {
+  const bool winograd = winograd_applies(p.shape, p.dtype);
+  const Scratch packed(weight_bytes(p.shape, p.dtype, forward, winograd));
+  pack(p, forward, winograd, packed.at());
+  run_packed(p, forward, winograd, source, packed.at());
 }
 
-void dgrad(const DgradParams& p) { convolve(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
+// Weights that are packed once serve inputs of any size, so that the filter's transformation costs nothing.
+int64_t kept_bytes(const ConvShape& s, DType dtype) { return weight_bytes(s, dtype, true, winograd_fits(s, dtype)); }
+
+void pack_to_keep(const FpropParams& p, void* packed) { pack(p, true, winograd_fits(p.shape, p.dtype), packed); }
+
+void fprop(const FpropParams& p) {
+  const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
+  if (p.packed) {
+    run_packed(p, true, winograd_fits(p.shape, p.dtype), source, p.packed);
+  } else {
+    run(p, true, source);
+  }
+}
+
+void dgrad(const DgradParams& p) { run(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
 int64_t workspace(const ConvShape& s, DType dtype, DType) {
   return winograd_applies(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
@@ -103,8 +108,8 @@ const ConvBackend& cpu_conv_backend() {
       cpu::fprop,
       cpu::dgrad,
       cpu::wgrad,
-      cpu::weight_bytes,
-      cpu::pack,
+      cpu::kept_bytes,
+      cpu::pack_to_keep,
   };
   return backend;
 }

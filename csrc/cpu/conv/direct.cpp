@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "chunks.h"
 #include "operand.h"
 #include "scratch.h"
 
@@ -156,7 +157,7 @@ class Direct {
       std::memset(acc, 0, m * kPanel * sizeof(float));
       return;
     }
-    const char* weights = packed_ + (panel * plan_.weight_rows + parity.first_panel) * kPanel * value_bytes_;
+    const char* weights = packed_ + (panel * plan_.weight_rows + parity.first_weight_row) * kPanel * value_bytes_;
     bool add = false;
     for (const TapRun& run : parity.runs) {
       const char* a = scratch;
@@ -203,7 +204,7 @@ void pack_weights(const DirectPlan& plan, const ConvShape& s, bool forward, cons
     for (const TapRun& run : parity.runs) {
       for (size_t i = 0; i < run.taps.size(); ++i) {
         const auto behind = static_cast<int64_t>(i) * plan.padded_channels;
-        taps.push_back({run.taps[i], parity.first_panel + run.weight_row + behind});
+        taps.push_back({run.taps[i], parity.first_weight_row + run.weight_row + behind});
       }
     }
   }
@@ -229,16 +230,7 @@ void pack_weights(const DirectPlan& plan, const ConvShape& s, bool forward, cons
 
 void run_direct(const DirectPlan& plan, const Operand& source, const Microkernel& kernel, const void* packed,
                 const Results& results) {
-  const Direct direct(plan, source, kernel, packed, results);
-  const int64_t groups = plan.panel_groups;
-  at::parallel_for(0, plan.chunks * groups, 1, [&](int64_t begin, int64_t end) {
-    const MicrokernelScope scope(kernel);
-    const Scratch scratch(direct.scratch_bytes());
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task % groups;
-      direct.run(task / groups, plan.panels * group / groups, plan.panels * (group + 1) / groups, scratch);
-    }
-  });
+  run_chunks(plan, Direct(plan, source, kernel, packed, results), kernel);
 }
 
 }  // namespace resnet_fused::cpu

@@ -64,7 +64,7 @@ void finish(DirectPlan& p, int value_bytes, bool unit_filter) {
   bool one_column = true;
   int most_rows = 0, most_columns = 0, column = INT_MAX;  // the columns' common offset so far
   for (Parity& parity : p.parities) {
-    parity.first_panel = p.weight_rows;
+    parity.first_weight_row = p.weight_rows;
     p.weight_rows += parity.depth;
     most_rows = std::max(most_rows, parity.rows);
     most_columns = std::max(most_columns, parity.columns);

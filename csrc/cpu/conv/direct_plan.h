@@ -30,8 +30,8 @@ struct Parity {
   int first_row, first_column;  // of the target
   int rows, columns;
   std::vector<TapRun> runs;
-  int64_t depth;        // of all runs
-  int64_t first_panel;  // of its packed weights, in rows of kPanel values
+  int64_t depth;             // of all runs
+  int64_t first_weight_row;  // of its packed weights, in rows of kPanel values
 };
 
 struct DirectPlan {

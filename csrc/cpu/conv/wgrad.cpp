@@ -16,8 +16,8 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kDepthMultiple = 32;
-constexpr int64_t kPieces = 16;  // of a group's rows, spread over threads
+constexpr int64_t kPieces = 16;         // of a group's rows, spread over threads
+constexpr int64_t kDepthMultiple = 32;  // of products
 static_assert(kDepthMultiple <= kWgradSlack);
 constexpr int64_t kDepth = 512;  // positions of one product: its operands stay in the second-level cache
 

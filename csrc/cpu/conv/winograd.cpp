@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "chunks.h"
 #include "operand.h"
 #include "scratch.h"
 
@@ -210,16 +211,7 @@ void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forwar
 
 void run_winograd(const WinogradPlan& plan, const Operand& source, const Microkernel& kernel, const float* packed,
                   const Results& results) {
-  const Winograd winograd(plan, source, kernel, packed, results);
-  const int64_t groups = plan.panel_groups;
-  at::parallel_for(0, plan.chunks * groups, 1, [&](int64_t begin, int64_t end) {
-    const MicrokernelScope scope(kernel);
-    const Scratch scratch(winograd.scratch_bytes());
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task % groups;
-      winograd.run(task / groups, plan.panels * group / groups, plan.panels * (group + 1) / groups, scratch);
-    }
-  });
+  run_chunks(plan, Winograd(plan, source, kernel, packed, results), kernel);
 }
 
 }  // namespace resnet_fused::cpu
