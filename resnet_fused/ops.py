@@ -402,10 +402,10 @@ def conv_fprop(
     """``(y, statistics)`` of a native convolution of ``x``, or with ``coefficients`` of ``relu(scale*x + shift)``.
 
     Args:
-        x: ``[N, C, H, W]`` channels_last, bfloat16, float16, or float32, which is multiplied as TF32. Padding is zero
-            behind the ReLU.
+        x: ``[N, C, H, W]`` channels_last, bfloat16, float16, or float32, which a GPU multiplies as TF32. Padding is
+            zero behind the ReLU.
         coefficients: ``[4, C]`` float32.
-        weight: ``[K, C, R, S]`` of x's dtype.
+        weight: ``[K, C, R, S]`` of x's dtype; on the CPU float32 as well, which is rounded to it.
         bias: ``[K]`` float32.
 
     Returns:
