@@ -83,7 +83,7 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
     if conv is None:
         return ops.bn_apply(x, _coefficients(norm, x.dtype), shortcut, None, relu)
     if norm is None and conv.packed is not None:
-        z = conv.packed.convolve(x, *conv[:6], shortcut, relu)
+        z = conv.packed.convolve(x, conv, shortcut, relu)
         if z is not None:
             return z
     weight, bias = conv.weight, conv.bias

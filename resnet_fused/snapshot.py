@@ -36,27 +36,17 @@ class Packed:
     def __reduce__(self):
         return Packed, ()
 
-    def convolve(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        shortcut: Tensor | None,
-        relu: bool,
-    ) -> Tensor | None:
+    def convolve(self, x: Tensor, conv: Conv, shortcut: Tensor | None, relu: bool) -> Tensor | None:
         """``relu(conv(x) + shortcut)``, or None where nothing is packed for inputs like ``x``.
 
         Packed are native convolutions (float32 of 3x3 filters as Winograd's transform of them), else oneDNN's, whose
         ReLU, fused into its convolution, returns 0 for NaN.
         """
+        weight, bias = conv.weight, conv.bias
+        geometry = conv.stride, conv.padding, conv.dilation
         if torch.compiler.is_compiling() or weight.requires_grad:
             return None
-        geometry = stride, padding, dilation
-        if runs_native(x, Conv(weight, bias, stride, padding, dilation, groups), Use.PACKED):
+        if runs_native(x, conv, Use.PACKED):
             found = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
             packed, affine = found
             return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
@@ -68,18 +58,18 @@ class Packed:
             # 4x4 245 us and 147, 512->512 on 2x2 753 and 381; 64->64 on 16x16 142 and 116.
             if x.dtype != torch.float32 or weight.dtype != x.dtype or x.numel() < _REORDERED * weight.numel():
                 return None
-            return ops.fused_convolution(x, weight, bias, stride, padding, dilation, groups, shortcut, relu)
+            return ops.fused_convolution(x, weight, bias, *geometry, conv.groups, shortcut, relu)
         found = self._get(
             (x.dtype, "oneDNN"),
             weight,
             bias,
             # oneDNN's layout for one size of input serves all: measured with batches of 1 and 16.
             lambda: (
-                ops.prepack_weight(weight.detach().to(x.dtype), stride, padding, dilation, groups, list(x.shape)),
+                ops.prepack_weight(weight.detach().to(x.dtype), *geometry, conv.groups, list(x.shape)),
                 None if bias is None else bias.detach().to(x.dtype),
             ),
         )
-        return ops.fused_convolution(x, *found, stride, padding, dilation, groups, shortcut, relu)
+        return ops.fused_convolution(x, *found, *geometry, conv.groups, shortcut, relu)
 
     def _get(self, key: tuple, weight: Tensor, bias: Tensor | None, make: Callable[[], tuple]) -> tuple:
         """What ``make`` made under ``key`` of these very tensors."""
