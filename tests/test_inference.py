@@ -291,7 +291,7 @@ def test_a_network_in_16_bits_runs_channels_last_inside(device, dtype):
         formats.append(x.is_contiguous(memory_format=torch.channels_last))
         return convolution(x, *arguments)
 
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+    with torch.no_grad(), rf.engine("library"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "convolution", watch)
         network(x)
         assert len(formats) == 12 and all(formats) == (dtype == torch.bfloat16)
