@@ -8,9 +8,8 @@ from resnet_fused import functional, ops, reference
 from resnet_fused._C import build_info
 from resnet_fused.engine import engine
 from resnet_fused.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
-from resnet_fused.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, ResBlk
+from resnet_fused.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, FusedSequential, ResBlk
 from resnet_fused.ops import empty_cache
-from resnet_fused.sequential import FusedSequential
 from resnet_fused.surgery import FuseReport, fold, fuse, set_memory, unfuse
 
 __version__ = build_info()["version"]

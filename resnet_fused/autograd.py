@@ -51,6 +51,7 @@ class _UnitPlan(NamedTuple):
     eps: float
     native: bool  # dgrad and wgrad
     native_fprop: bool
+    normalises: bool  # False: a convolution alone, the last of its chain
 
     @property
     def geometry(self) -> tuple[tuple[int, int], ...]:
@@ -83,6 +84,11 @@ class _Plan(NamedTuple):
             return weight
         return weight.to(x.dtype)
 
+    @property
+    def ends_in_convolution(self) -> bool:
+        """Whether the output is a convolution's, plus perhaps a shortcut: then its value is not needed in backward."""
+        return not (self.units[self.last].normalises or self.relu or self.join is Join.PROJECTION)
+
     def reads_input(self, i: int) -> bool:
         """Whether unit i reads the block's input rather than the unit before it."""
         return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
@@ -91,8 +97,14 @@ class _Plan(NamedTuple):
 def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
     conv, norm = u
     c = conv if conv is not None else Conv(None)
-    plan = _UnitPlan(conv is not None, *c[2:6], norm.batch_statistics, norm.momentum, norm.eps, native, native_fprop)
-    return plan, (c.weight, c.bias, *norm[:5])
+    n = norm if norm is not None else _NO_NORM
+    plan = _UnitPlan(
+        conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
+    )
+    return plan, (c.weight, c.bias, *n[:5])
+
+
+_NO_NORM = Norm(None, None, batch_statistics=False)
 
 
 # What a unit reads: a tensor, or with coefficients the activation relu(scale*tensor + shift).
@@ -119,6 +131,10 @@ def _convolve(
 
 def _normalise(plan: _UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[Tensor | None]) -> Tensor:
     weight, bias, running_mean, running_var, num_batches_tracked = norm
+    if not plan.normalises:
+        table = y.new_zeros((4, y.shape[1]), dtype=ops.acc_dtype(y.dtype))
+        table[1:3] = 1
+        return table
     if not plan.batch_statistics:
         return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
     if y.numel() == y.shape[1]:
@@ -180,9 +196,14 @@ class _Block(torch.autograd.Function):
             join = (outputs[plan.projection], coefficients[plan.projection])
         else:
             join = (x if plan.join is Join.IDENTITY else shortcut, None)
-        z = ops.bn_apply(outputs[last], coefficients[last], *join, plan.relu)
+        if plan.ends_in_convolution and plan.join is Join.NONE:
+            z = outputs[last]
+        else:
+            z = ops.bn_apply(outputs[last], coefficients[last], *join, plan.relu)
 
         kept: list[Tensor | None] = list(outputs)
+        if plan.ends_in_convolution:
+            kept[last] = None
         cast = [w if w is not u[0] else None for w, u in zip(weights, units, strict=True)]
         if plan.minimal:
             # The join's inputs come back from one convolution each; weights are cast again.
@@ -282,7 +303,7 @@ class _Block(torch.autograd.Function):
 
         # The join.
         a = None if plan.units[last].native or not needs[last][0] else _activation(source(last))
-        y = outputs[last]
+        y = grad if plan.ends_in_convolution else outputs[last]
         if y is None:
             read = source(last) if a is None else (a, None)
             y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
@@ -342,7 +363,9 @@ class _Block(torch.autograd.Function):
                 grad_x = g
             b = norm_backward(last, sums, 0, y)
             statistics = plan.units[last].batch_statistics
-            if plan.units[last].native:
+            if plan.ends_in_convolution:
+                gradient = grad
+            elif plan.units[last].native:
                 gradient = _Gradient(g, y, coefficients[last], b, statistics)
             else:
                 gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
@@ -414,7 +437,8 @@ def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
             mean, var = table[0], table[1].pow(-2)
         conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
         eps = unit.eps if unit.batch_statistics else 0.0
-        units.append(Unit(conv, Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)))
+        norm = Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)
+        units.append(Unit(conv, norm if unit.normalises else None))
 
     if plan.join is Join.TENSOR:
         out = reference.residual(x, units, None, relu=False)
@@ -454,14 +478,18 @@ def residual(
     else:
         join = Join.IDENTITY if shortcut is x else Join.TENSOR
     chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
-    if not any(u.norm.batch_statistics for u in chain):
+    if not any(u.norm is not None and u.norm.batch_statistics for u in chain):
         given = (x, shortcut) if join is Join.TENSOR else (x,)
-        given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *u.norm[:2]))
+        given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *(u.norm or ())[:2]))
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
             return inference.residual(x, units, shortcut, relu)
-    # Between its units activations keep x's dtype and layout.
+    # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
+    # gradient as it comes, which is the library's business.
     native = (
-        [u.conv is not None and inference.runs_native(x, u.conv, use) for use in (Use.BACKWARD, Use.FPROP)]
+        [
+            u.conv is not None and (u.norm is not None or use is Use.FPROP) and inference.runs_native(x, u.conv, use)
+            for use in (Use.BACKWARD, Use.FPROP)
+        ]
         for u in chain
     )
     plans, tensors = zip(*(_split(u, *n) for u, n in zip(chain, native, strict=True)), strict=True)

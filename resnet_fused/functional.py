@@ -52,6 +52,8 @@ def _check_unit(name: str, u: Unit, x: Tensor, channels: int) -> int:
                 f"got shape {tuple(weight.shape)}"
             )
         channels = weight.shape[0]
+    if u.norm is None:
+        return channels
     if u.norm.eps < 0:
         raise ValueError(f"{name}.norm.eps: expected a number >= 0, got {u.norm.eps}")
     if not u.norm.batch_statistics and (u.norm.running_mean is None or u.norm.running_var is None):
@@ -75,7 +77,8 @@ def residual(
 
     Args:
         x: ``[N, C, H, W]``.
-        units: one or more; only the first may come without a convolution.
+        units: one or more; only the first may come without a convolution, only the last of several without a batch
+            norm.
         shortcut: ``x`` itself for an identity, any other tensor of the output's shape, a projection unit that
             is applied to ``x``, or None.
         relu: whether the join ends in a ReLU.
@@ -98,10 +101,14 @@ def residual(
     for i, u in enumerate(units):
         if i and u.conv is None:
             raise ValueError(f"units[{i}].conv: only the first unit may come without a convolution")
+        if u.norm is None and (i != len(units) - 1 or i == 0):
+            raise ValueError(f"units[{i}].norm: only the last of several units may come without a batch norm")
         channels = _check_unit(f"units[{i}]", u, x, channels)
     if isinstance(shortcut, Unit):
         if shortcut.conv is None:
             raise ValueError("shortcut.conv: expected a convolution, got None")
+        if shortcut.norm is None:
+            raise ValueError("shortcut.norm: expected a batch norm, got None")
         if _check_unit("shortcut", shortcut, x, x.shape[1]) != channels:
             raise ValueError(
                 f"shortcut.conv.weight: expected {channels} output channels, "

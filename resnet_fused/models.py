@@ -9,11 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import ops
-from resnet_fused.inference import prefers_channels_last
-from resnet_fused.modules import BasicBlock, Bottleneck, run_unit
-from resnet_fused.recognise import any_global_hooks, compute_dtype, fusible, is_hooked, is_relu
-from resnet_fused.sequential import FusedSequential
+from resnet_fused.modules import BasicBlock, Bottleneck
+from resnet_fused.surgery.forward import install
 
 __all__ = ["ResNet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -74,6 +71,7 @@ class ResNet(nn.Module):
                     nn.init.constant_(m.bn3.weight, 0)
                 elif isinstance(m, BasicBlock) and m.bn2.weight is not None:
                     nn.init.constant_(m.bn2.weight, 0)
+        install(self, born_fused=True)
 
     def _make_layer(
         self,
@@ -101,45 +99,10 @@ class ResNet(nn.Module):
         ]
         return nn.Sequential(*stage)
 
-    def _copies_layout(self, x: Tensor) -> bool:
-        """Whether the network runs on a copy of ``x`` in channels_last, with nobody inside who would see it."""
-        return (
-            not torch.is_grad_enabled()
-            and fusible(x)
-            and prefers_channels_last(x, compute_dtype(x))
-            and not torch.compiler.is_compiling()
-            and all(type(m).forward in _LAYOUT_FREE and not is_hooked(m) for m in self.modules())
-        )
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._copies_layout(x):
-            x = ops.to_channels_last(x)
-        fused = is_relu(self.relu) and not any_global_hooks()
-        x = run_unit(x, self.conv1, self.bn1, fused)
-        x = x if fused else self.relu(x)
-        x = self.maxpool(x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-# What computes the same in any layout and hands on no view of its memory.
-_LAYOUT_FREE = {
-    cls.forward
-    for cls in (
-        ResNet,
-        BasicBlock,
-        Bottleneck,
-        FusedSequential,
-        nn.Sequential,
-        nn.Conv2d,
-        nn.BatchNorm2d,
-        nn.ReLU,
-        nn.MaxPool2d,
-        nn.AdaptiveAvgPool2d,
-        nn.Linear,
-        nn.Identity,
-    )
-}
 
 
 def resnet18(**kwargs) -> ResNet:

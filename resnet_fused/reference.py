@@ -160,7 +160,10 @@ def bn_backward_apply(
     return (a * g + b * _acc(y) + c if batch_statistics else a * g).to(y.dtype)
 
 
-def _statistics(y: Tensor, norm: Norm) -> Tensor:
+def _statistics(y: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        zero = torch.zeros(y.shape[1], dtype=_acc(y).dtype, device=y.device)
+        return torch.stack((zero, zero + 1, zero + 1, zero))
     if norm.batch_statistics:
         return bn_finalize(bn_statistics(y), *norm[:5], norm.momentum, norm.eps)
     return bn_coefficients(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, y.dtype)

@@ -71,7 +71,7 @@ class Norm(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A convolution (or None) and the batch norm behind it."""
+    """A convolution (or None) and the batch norm behind it; None for a convolution that ends a chain without one."""
 
     conv: Conv | None
-    norm: Norm
+    norm: Norm | None

@@ -223,7 +223,7 @@ def test_bytes_kept_for_backward(device, name, bound, projected, dtype):
     # What eager keeps is counted from the block's own start: its input is a leaf that both keep.
     by_eager = kept_bytes(eager, x)
     assert kept_bytes(fused, x) <= bound * by_eager
-    fused.memory = "minimal"
+    rf.set_memory(fused, "minimal")
     assert kept_bytes(fused, x) <= 0.60 * by_eager
 
 

@@ -9,28 +9,49 @@ import torch
 import torchvision
 from lecture import ResBlk, ResBlkOpen
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 from user_models import OWN_BLOCKS, LectureNet, assert_same_results, classes, fused_copy, nontrivial
 
 import resnet_fused as rf
-from resnet_fused.sequential import FusedUnit
 
 
-@pytest.mark.parametrize("make", OWN_BLOCKS.values(), ids=OWN_BLOCKS)
-def test_own_blocks(device, make):
-    eager = nontrivial(make()).to(device)
+TWO = "conv+bn+relu conv+bn"
+RUNS = {
+    "lecture, identity": [f"{TWO} +identity+relu"],
+    "lecture, projection": [f"{TWO} +projection+relu"],
+    "lecture, no last ReLU": [f"{TWO} +identity"],
+    "lecture, no last ReLU, projection": [f"{TWO} +projection"],
+    "other names": [f"{TWO} +identity+relu"],
+    "bottleneck": [f"conv+bn+relu {TWO} +projection+relu"],
+    "in a sequence": [f"{TWO} +identity+relu"],
+    "bare convolution": [f"{TWO} +add+relu"],
+    "no shortcut module": [f"{TWO} +identity+relu"],
+    "ReLU modules": [f"{TWO} +identity+relu"],
+    "squeeze and excitation": ["conv+bn+relu conv+bn"],
+    "pre-activation": ["bn+relu conv+bn+relu conv +identity"],
+    "pre-activation, projection": ["bn+relu", "conv+bn+relu conv +add"],
+    "anti-aliased": ["conv+bn+relu", "conv+bn +add+relu"],
+    "three inputs": [f"{TWO} +add+relu"],
+    "concatenation": ["bn+relu conv+bn+relu conv"],
+    "other activation": ["conv+bn", "conv+bn"],
+    "nested units": [f"{TWO} +identity+relu"],
+    "child called memory": [f"{TWO} +identity+relu"],
+}
+
+
+@pytest.mark.parametrize("name", OWN_BLOCKS)
+def test_own_blocks(device, name):
+    eager = nontrivial(OWN_BLOCKS[name]()).to(device)
     fused, report = fused_copy(eager)
-    assert [(e.name, e.status) for e in report.entries] == [("", "fused")]
-    assert isinstance(fused, type(eager))
-    assert isinstance(fused, rf.ResBlk | rf.BasicBlock | rf.Bottleneck)
+    assert [(e.name, e.status, list(e.runs)) for e in report.entries] == [("", "fused", RUNS[name])]
+    assert type(fused) is type(eager)
     assert_same_results(fused, eager, torch.randn(2, 8, 8, 8, device=device))
 
 
 @pytest.mark.parametrize("block", [ResBlk, ResBlkOpen])
 def test_last_relu_is_decided_by_the_forward(block):
     fused, _ = fused_copy(block(8, 8))
-    assert fused.final_relu is (block is ResBlk)
     assert (fused(torch.randn(2, 8, 6, 6)) < 0).any().item() is (block is ResBlkOpen)
 
 
@@ -38,7 +59,8 @@ def test_last_relu_is_decided_by_the_forward(block):
 def test_lecture_network(device, block):
     eager = nontrivial(LectureNet(block)).to(device)
     fused, report = fused_copy(eager)
-    assert [e.name for e in report.fused] == ["conv1", "blk1", "blk2", "blk3", "blk4"]
+    assert [e.name for e in report.fused] == ["", "blk1", "blk2", "blk3", "blk4"]
+    assert report.fused[0].runs == ("conv+bn+relu",)
     assert not report.left
     assert_same_results(fused, eager, torch.randn(3, 3, 48, 48, device=device))
 
@@ -78,29 +100,33 @@ def test_torchvision_networks(device, name):
     fused, report = fused_copy(eager.to(device))
     assert len(report.fused) == fused_modules
     assert not report.left
+    assert report.convolutions.inference == report.convolutions.total
+    # In training a convolution without a batch norm is its own.
+    assert report.convolutions.training == (0 if name in ("vgg19", "alexnet") else report.convolutions.total)
     assert_same_results(fused, eager, torch.randn(2, 3, size, size, device=device))
 
 
 def test_sequences_name_what_is_fused():
     reports = {name: rf.fuse(getattr(torchvision.models, name)().features) for name in ("vgg11_bn", "alexnet")}
-    assert [e.reason for e in reports["vgg11_bn"].entries] == ["8 conv+bn+relu"]
-    assert [e.reason for e in reports["alexnet"].entries] == ["5 conv+relu"]
+    assert [e.reason for e in reports["vgg11_bn"].entries] == ["2 conv+bn+relu, 3 conv+bn+relu conv+bn+relu"]
+    assert [e.reason for e in reports["alexnet"].entries] == [
+        "2 conv+relu (inference), 1 conv+relu conv+relu conv+relu (inference)"
+    ]
 
 
 def test_other_torchvision_families():
     googlenet = torchvision.models.googlenet(aux_logits=False, init_weights=False, num_classes=4)
     report = rf.fuse(googlenet)
-    assert {e.kind for e in report.entries} == {"unit"}
-    assert all(isinstance(m, FusedUnit) for m in googlenet.modules() if hasattr(m, "conv"))
+    assert not report.left
+    assert set().union(*(e.runs for e in report.entries)) == {"conv+bn+relu", "conv+bn+relu conv+bn+relu"}
 
     mobilenet = torchvision.models.mobilenet_v2()
     report = rf.fuse(mobilenet)
-    assert {e.reason for e in report.entries} == {"1 conv+bn"}  # ReLU6 is called
+    assert set().union(*(e.runs for e in report.entries)) == {"conv+bn", "conv+bn +add"}  # ReLU6 is called
 
     dense = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4)
     report = rf.fuse(dense)
-    assert "features.transition1" in [e.name for e in report.fused]  # batch norm, ReLU, convolution
-    assert all("cat" in e.reason for e in report.left)
+    assert report.convolutions.training == report.convolutions.total == 10
 
 
 @pytest.mark.parametrize(
@@ -125,8 +151,8 @@ def test_frozen_batch_norm_backbone(device):
     network = torchvision.models.resnet18(norm_layer=FrozenBatchNorm2d)
     eager = nontrivial(torchvision.models._utils.IntermediateLayerGetter(network, {"layer2": "a", "layer4": "b"}))
     fused, report = fused_copy(eager.to(device))
-    assert len(report.fused) == 8
-    assert [e.name for e in report.left] == [""]  # the stem, which the getter runs child by child
+    assert len(report.fused) == 9  # the stem is in the getter's own forward
+    assert not report.left
     x = torch.randn(1, 3, 64, 64, device=device)
     for key, value in eager(x).items():
         torch.testing.assert_close(fused(x)[key], value, rtol=1e-4, atol=1e-4)
@@ -137,7 +163,7 @@ def test_detection_model():
         weights=None, weights_backbone=None, min_size=64, max_size=64
     ).eval()
     fused, report = fused_copy(model)
-    assert sum(e.kind == "bottleneck" for e in report.fused) == 16
+    assert sum(e.original is Bottleneck for e in report.fused) == 16
     with torch.no_grad():
         images = [torch.rand(3, 64, 64)]
         features = model.backbone(torch.stack(images))
@@ -149,7 +175,7 @@ def test_detection_model():
 def test_dilated_segmentation_model():
     model = nontrivial(torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)).eval()
     fused, report = fused_copy(model)
-    assert sum(e.kind == "bottleneck" for e in report.fused) == 16
+    assert sum(e.original is Bottleneck for e in report.fused) == 16
     assert fused.backbone.layer4[1].conv2.dilation == (4, 4)
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
@@ -165,8 +191,7 @@ def test_subclass_that_keeps_forward():
     eager = ResNet(MyBlock, [1, 1, 1, 1], num_classes=4)
     fused, report = fused_copy(eager)
     assert len(report.fused) == 5
-    assert isinstance(fused.layer1[0], MyBlock)
-    assert isinstance(fused.layer1[0], rf.BasicBlock)
+    assert type(fused.layer1[0]) is MyBlock
     assert fused.layer1[0].describe() == "mine"
     assert_same_results(fused, eager, torch.randn(2, 3, 32, 32))
 
@@ -178,7 +203,7 @@ def test_subclass_of_torchvision_with_an_own_forward_is_traced():
 
     eager = nontrivial(Open(8, 8))
     fused, report = fused_copy(eager)
-    assert [e.kind for e in report.fused] == ["residual block"]
+    assert [e.runs for e in report.fused] == [("conv+bn+relu conv+bn +identity",)]
     assert_same_results(fused, eager, torch.randn(2, 8, 8, 8))
 
 
@@ -194,9 +219,10 @@ def test_native_modules_are_reported_and_kept():
     model = ResNet(rf.BasicBlock, [1, 1, 1, 1], num_classes=4)
     before = classes(model)
     report = rf.fuse(model)
-    assert [e.reason for e in report.fused] == ["stem conv1+bn1+relu"] + ["already"] * 4
+    assert [e.reason.startswith("already") for e in report.fused] == [False] + [True] * 4
     rf.unfuse(model)
     assert classes(model) == before
+    assert rf.fuse(model).convolutions.training == 9 + 3
 
 
 @pytest.mark.parametrize("function", [rf.fuse, rf.unfuse, rf.fold, lambda m: rf.set_memory(m, "minimal")])

@@ -51,8 +51,8 @@ def test_fuse_and_unfuse_keep_everything(device, make):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     assert rf.fuse(model).fused
-    assert classes(model) != before_classes
     for _ in range(2):
+        assert classes(model) == before_classes
         assert tensors(model) == before_tensors
         assert list(model.state_dict()) == list(before_state)
         assert not batch_norm.training
@@ -60,7 +60,6 @@ def test_fuse_and_unfuse_keep_everything(device, make):
         assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
         rf.set_memory(model, "minimal")
         assert rf.unfuse(model) is model
-    assert classes(model) == before_classes
     assert {name: set(m.__dict__) for name, m in model.named_modules()} == attributes
 
 
@@ -71,10 +70,10 @@ def test_fusing_twice_changes_nothing(make):
     after = classes(model)
     second = rf.fuse(model)
     assert classes(model) == after
-    assert [(e.name, e.kind, e.original, e.status) for e in second.entries] == [
-        (e.name, e.kind, e.original, e.status) for e in first.entries
+    assert [(e.name, e.original, e.status, e.runs) for e in second.entries] == [
+        (e.name, e.original, e.status, e.runs) for e in first.entries
     ]
-    assert {e.reason for e in second.fused} == {"already"}
+    assert all(e.reason.startswith("already: ") for e in second.fused)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +101,8 @@ def test_torch_save(device, tmp_path):
 
 
 def test_own_pickling_is_respected():
-    model, _ = fused_copy(Reduced(4, 4))
-    assert isinstance(model, rf.ResBlk)
+    model, report = fused_copy(Reduced(4, 4))
+    assert report.fused
     assert type(pickle.loads(pickle.dumps(model))) is Reduced
 
 

@@ -17,8 +17,10 @@ import resnet_fused as rf
 def test_sequence_runs(device):
     eager = nontrivial(sequence()).to(device)
     fused, report = fused_copy(eager)
-    assert type(fused) is rf.FusedSequential
-    assert [e.reason for e in report.entries] == ["1 conv+bn+relu, 1 conv+relu, 1 bn+relu, 1 conv+bn"]
+    assert type(fused) is nn.Sequential
+    assert [e.reason for e in report.entries] == [
+        "1 conv+bn+relu, 1 conv+relu (inference), 1 bn+relu conv+bn"
+    ]
     assert_same_results(fused, eager, torch.randn(2, 3, 16, 16, device=device))
 
 
@@ -29,7 +31,7 @@ def test_sequence_is_a_container():
     assert fused[1] is fused._modules["1"]
     for part in (slice(0, 4), slice(1, 3), slice(0, 0)):
         piece = fused[part]
-        assert isinstance(piece, rf.FusedSequential)
+        assert type(piece) is nn.Sequential
         assert len(piece) == len(eager[part])
         y = x if part.start == 0 else eager[:1](x)
         torch.testing.assert_close(piece(y), eager[part](y))
@@ -40,16 +42,24 @@ def test_sequence_is_a_container():
         model[2] = nn.SiLU()
         del model[3]
     torch.testing.assert_close(fused(x), eager(x), rtol=1e-5, atol=1e-5)
-    assert type(rf.unfuse(fused[:2])) is nn.Sequential
 
 
-def test_torchvision_sequence_subclass_keeps_its_type():
-    model = Conv2dNormActivation(3, 8)
-    rf.fuse(model)
-    assert isinstance(model, rf.FusedSequential)
-    assert isinstance(model, Conv2dNormActivation)
-    rf.unfuse(model)
-    assert type(model) is Conv2dNormActivation
+def test_torchvision_sequence_subclass_keeps_its_type(device):
+    eager = nontrivial(Conv2dNormActivation(3, 8)).to(device)
+    fused, report = fused_copy(eager)
+    assert [e.runs for e in report.entries] == [("conv+bn+relu",)]
+    assert type(fused) is Conv2dNormActivation
+    assert_same_results(fused, eager, torch.randn(2, 3, 8, 8, device=device))
+
+
+def test_sequence_that_is_fused_from_birth(device):
+    eager = nontrivial(sequence()).to(device)
+    fused = rf.FusedSequential(*sequence()).to(device)
+    fused.load_state_dict(eager.state_dict())
+    x = torch.randn(2, 3, 16, 16, device=device)
+    assert_same_results(fused, eager, x)
+    del fused[3:]
+    assert type(fused.train()(x).grad_fn).__name__ == "_BlockBackward"
 
 
 def test_unbatched_input(device):

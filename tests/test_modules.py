@@ -127,7 +127,6 @@ def test_changed_children_are_respected(change):
         z = block(x)
         z.square().sum().backward()
         results.append([z, *(p.grad for p in block.parameters())])
-    assert grad_name(results[0][0]) != "_BlockBackward"
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     assert logs[0] == logs[1]

@@ -118,6 +118,108 @@ class ReluModules(nn.Module):
         return self.act2(out + x)
 
 
+class SqueezeExcite(NamedOtherwise):
+    """A foreign step before the addition."""
+
+    def __init__(self, planes=8):
+        super().__init__(planes)
+        self.fc1, self.fc2 = nn.Conv2d(planes, 2, 1), nn.Conv2d(2, planes, 1)
+
+    def forward(self, x):
+        out = F.relu(self.first_norm(self.first(x)))
+        out = self.second_norm(self.second(out))
+        gate = self.fc2(F.silu(self.fc1(out.mean((2, 3), keepdim=True))))
+        return F.relu(out * torch.sigmoid(gate) + self.shortcut(x))
+
+
+class PreActivation(nn.Module):
+    """Batch norm and ReLU before each convolution (He et al. 2016)."""
+
+    def __init__(self, planes=8, projected=False):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(planes), nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(planes), nn.Conv2d(planes, planes, 3, padding=1)
+        self.shortcut = nn.Conv2d(planes, planes, 1) if projected else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(out)
+        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        out += x
+        return out
+
+
+class AntiAliased(NamedOtherwise):
+    """A pooling between the units."""
+
+    def forward(self, x):
+        out = F.relu(self.first_norm(self.first(x)))
+        out = F.avg_pool2d(out, 3, 1, 1)
+        out = self.second_norm(self.second(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+class ThreeInputs(NamedOtherwise):
+    """As in DLA: the shortcut comes from outside, or is the input; a third input goes unused."""
+
+    def forward(self, x, shortcut=None, children=None):
+        if shortcut is None:
+            shortcut = x * 0.5
+        out = F.relu(self.first_norm(self.first(x)))
+        out = self.second_norm(self.second(out))
+        out += shortcut
+        return F.relu(out)
+
+
+class Concatenating(nn.Module):
+    """DenseNet's layer."""
+
+    def __init__(self, planes=8):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(planes), nn.Conv2d(planes, 16, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(16), nn.Conv2d(16, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return torch.cat([x, new], 1)
+
+
+class OtherActivation(NamedOtherwise):
+    def forward(self, x):
+        out = F.silu(self.first_norm(self.first(x)))
+        return F.silu(self.second_norm(self.second(out)) * 0.5 + x)
+
+
+class NestedUnits(nn.Module):
+    """Units with a forward of their own, as timm's ConvNormAct."""
+
+    def __init__(self, planes=8):
+        super().__init__()
+        self.unit1, self.unit2 = ConvBNRelu(planes, planes), ConvBNRelu(planes, planes)
+        self.unit2.act = nn.Identity()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        shortcut = x
+        x = self.unit2(self.unit1(x))
+        x = x + shortcut
+        return self.act(x)
+
+
+class MemoryChild(nn.Module):
+    """Children under names that some package might want for itself."""
+
+    def __init__(self, planes=8):
+        super().__init__()
+        self.memory, self.conv = nn.Conv2d(planes, planes, 1), nn.BatchNorm2d(planes)
+        self.relu, self.final_relu = nn.Conv2d(planes, planes, 1), nn.BatchNorm2d(planes)
+
+    def forward(self, inputs):
+        return F.relu(self.final_relu(self.relu(F.relu(self.conv(self.memory(inputs))))) + inputs)
+
+
 class ConvBNRelu(nn.Module):
     def __init__(self, cin=3, cout=8):
         super().__init__()
@@ -156,6 +258,15 @@ OWN_BLOCKS = {
     "bare convolution": ConvShortcut,
     "no shortcut module": lambda: ConvShortcut(projected=False),
     "ReLU modules": ReluModules,
+    "squeeze and excitation": SqueezeExcite,
+    "pre-activation": PreActivation,
+    "pre-activation, projection": lambda: PreActivation(projected=True),
+    "anti-aliased": AntiAliased,
+    "three inputs": ThreeInputs,
+    "concatenation": Concatenating,
+    "other activation": OtherActivation,
+    "nested units": NestedUnits,
+    "child called memory": MemoryChild,
 }
 
 

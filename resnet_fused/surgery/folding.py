@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""Inference copies without batch norms: :func:`fold`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from resnet_fused.snapshot import Packed
+from resnet_fused.surgery.forward import fused_forward
+from resnet_fused.surgery.layers import PACKED, normalises_and_activates
+from resnet_fused.surgery.program import Program
+from resnet_fused.surgery.runs import Pair
+from resnet_fused.surgery.switch import _check_model, fuse
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for inference, its batch norms folded into the convolutions before them.
+
+    The copy is fused, in evaluation mode, and none of its parameters requires a gradient. Each folded batch norm
+    is an ``nn.Identity``; the convolution has the product as its weight and a bias, computed in float64. Not folded
+    are batch norms that :func:`fuse` does not find behind a convolution, that keep no running statistics, that
+    share a convolution or are shared, and pairs with hooks.
+
+    The copy is a snapshot. On the CPU its convolutions keep their weights packed from their first call on: later
+    writes to the copy's weights need not be seen (``load_state_dict`` and ``to`` are, and :func:`unfuse` ends it).
+    There ReLUs that oneDNN fuses into its convolutions return 0 for NaN.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    _check_model(model)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    # In evaluation a SyncBatchNorm is a batch norm; those that are not folded get their class back.
+    synchronised = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]
+    for module in synchronised:
+        module.__class__ = nn.BatchNorm2d
+    fuse(model)
+    owners = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
+    uses = Counter(id(child) for _, _, child in owners)
+    folded = {id(norm): (conv, norm) for conv, norm in _pairs(model) if uses[id(conv)] == uses[id(norm)] == 1}
+    for owner, name, child in owners:
+        if id(child) in folded:
+            _fold_pair(*folded[id(child)])
+            owner._modules[name] = child.act if normalises_and_activates(child) else nn.Identity().eval()
+    for module in synchronised:
+        module.__class__ = nn.SyncBatchNorm
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__dict__[PACKED] = Packed()
+    fuse(model)
+    return model
+
+
+def _pairs(model: nn.Module) -> Iterator[Pair]:
+    """Convolutions and batch norms with running statistics that run fused, each pair once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        forward = fused_forward(module)
+        program = None if forward is None else forward.usual(False)
+        for pair in (p for run in program.runs for p in run.pairs) if isinstance(program, Program) else ():
+            conv, norm = pair
+            if conv is None or norm is None or norm.running_mean is None or norm.running_var is None:
+                continue
+            if normalises_and_activates(norm) and type(norm.drop) is not nn.Identity:
+                continue
+            if id(norm) not in seen:
+                seen.add(id(norm))
+                yield pair
+
+
+def _fold_pair(conv: nn.Conv2d, norm: nn.Module) -> None:
+    dtype = conv.weight.dtype
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, variance, gamma, beta = (None if t is None else t.detach().double() for t in tensors)
+    weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gamma, beta)
+    conv.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

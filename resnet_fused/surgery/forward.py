@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The forward that :func:`resnet_fused.fuse` puts on a module: :class:`FusedForward`.
+
+It stands in the instance's ``__dict__``, where ``nn.Module`` looks first. The class stays what it is, and wherever a
+call is not plain its own forward runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from resnet_fused.surgery.context import is_ordinary, is_tensor
+from resnet_fused.surgery.program import Program
+from resnet_fused.surgery.recording import TENSOR, Left
+
+_ONE_TENSOR = ((TENSOR,), {})
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+# A module whose calls need more programs than this changes too often to be worth following.
+_MOST_PROGRAMS = 16
+
+_ATTRIBUTES = ("forward", "__prepare_scriptable__", "_replicate_for_data_parallel")
+
+
+class FusedForward:
+    """A module's forward with the runs inside it fused.
+
+    Args:
+        module: whose forward; held weakly, since it holds this.
+        memory: what runs keep for backward.
+        born_fused: :func:`resnet_fused.unfuse` leaves it.
+    """
+
+    def __init__(self, module: nn.Module, memory: str = "default", born_fused: bool = False):
+        self._module = weakref.ref(module)
+        self.memory = memory
+        self.born_fused = born_fused
+        self.active = True
+        self._programs: dict[tuple, list[Program | Left]] = {}
+        self._count = 0
+        self._for_compiler: dict[bool, Program | None] = {}
+
+    # Calls -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args, **kwargs) -> Any:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this forward is gone: keep it, and call the module")
+        if torch.compiler.is_compiling():
+            return self._call_compiling(module, args, kwargs)
+        if self.active and is_ordinary():
+            if len(args) == 1 and not kwargs and is_tensor(args[0]):
+                program, tensors = self._program(module, _ONE_TENSOR, _ONE_TENSOR), args
+            else:
+                program, tensors = self._program_for(module, args, kwargs)
+            if program is not None:
+                return program(module, tensors)
+        return type(module).forward(module, *args, **kwargs)
+
+    def _call_compiling(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # Exported programs run anywhere, without this package.
+        if not torch.compiler.is_exporting() and self.active and len(args) == 1 and not kwargs:
+            if isinstance(args[0], Tensor) and self._is_ready_for_compiler(module.training):
+                program = self._for_compiler[module.training]
+                if program.guards.hold_for_compiler(module):
+                    return program(module, args)
+        return type(module).forward(module, *args, **kwargs)
+
+    @torch.compiler.assume_constant_result
+    def _is_ready_for_compiler(self, training: bool) -> bool:
+        """Finds the program at the time of compilation; torch.compile need not look into how."""
+        program = self._program(self._module(), _ONE_TENSOR, _ONE_TENSOR) if is_ordinary() else None
+        self._for_compiler[training] = program
+        return program is not None
+
+    def _program_for(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """The program for these arguments, and the tensors among them."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if is_tensor(leaf)]
+        if any(not is_tensor(leaf) and type(leaf) not in _CONSTANTS for leaf in leaves):
+            return None, tensors
+        pattern = [TENSOR if is_tensor(leaf) else leaf for leaf in leaves]
+        key = (structure, tuple((type(leaf), leaf) for leaf in pattern))
+        return self._program(module, key, pytree.tree_unflatten(pattern, structure)), tensors
+
+    def _program(self, module: nn.Module, key: object, pattern: tuple) -> Program | None:
+        if pattern is _ONE_TENSOR:
+            key = None
+        kept = self._programs.get((key, module.training))
+        for program in kept or ():
+            if isinstance(program, Left):
+                return None
+            if program.guards.hold(module):
+                return program if program.runs else None
+        if self._count >= _MOST_PROGRAMS:
+            return None
+        program = self._record(module, key, pattern, module.training)
+        return program if isinstance(program, Program) and program.runs else None
+
+    def _record(self, module: nn.Module, key: object, pattern: tuple, training: bool) -> Program | Left:
+        self._count += 1
+        try:
+            program = Program(module, pattern, training, self.memory)
+        except Left as reason:
+            program = Left(str(reason))  # without a traceback, which would hold the module
+        modes = (training,) if isinstance(program, Left) or program.reads_training else (True, False)
+        for mode in modes:
+            self._programs.setdefault((key, mode), []).append(program)
+        return program
+
+    def forget(self) -> None:
+        """Records anew what it is asked from now on."""
+        self._programs.clear()
+        self._count = 0
+
+    # What fuse asks --------------------------------------------------------------------------------------------
+
+    def usual(self, training: bool) -> Program | Left:
+        """The program for a call with one tensor for each parameter that has no default."""
+        module = self._module()
+        pattern = _usual_pattern(module)
+        for program in self._programs.get((None, training), ()) if pattern is _ONE_TENSOR else ():
+            if isinstance(program, Program) and program.guards.hold(module):
+                return program
+        if pattern is _ONE_TENSOR:
+            return self._record(module, None, pattern, training)
+        try:
+            return Program(module, pattern, training, self.memory)
+        except Left as reason:
+            return reason
+
+    def passes_through(self) -> bool:
+        """Whether whoever calls the module may take its layers for a part of the caller's own run."""
+        if not self.active:
+            return False
+        program = self.usual(self._module().training)
+        return isinstance(program, Program) and program.is_one_unit
+
+    def set_memory(self, memory: str) -> None:
+        self.memory = memory
+        for program in [p for kept in self._programs.values() for p in kept if isinstance(p, Program)]:
+            for call in program.calls:
+                call.memory = memory
+
+    # What others ask -------------------------------------------------------------------------------------------
+
+    @property
+    def __wrapped__(self) -> Any:
+        return type(self._module()).forward.__get__(self._module())
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__wrapped__)
+
+    def __deepcopy__(self, memo: dict) -> FusedForward:
+        return FusedForward(copy.deepcopy(self._module(), memo), self.memory, self.born_fused)
+
+    def __reduce__(self):
+        return FusedForward, (self._module(), self.memory, self.born_fused)
+
+    def prepare_scriptable(self) -> nn.Module:
+        """For TorchScript, which reads the source of forward: the module and those in it as they were."""
+        return without_fusion(self._module())
+
+    def replicate(self) -> nn.Module:
+        """For nn.DataParallel: a replica has children of its own in every call, and runs its class's forward."""
+        module = self._module()
+        replica = type(module)._replicate_for_data_parallel(module)
+        for name in _ATTRIBUTES:
+            replica.__dict__.pop(name, None)
+        return replica
+
+
+def _usual_pattern(module: nn.Module) -> tuple:
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return _ONE_TENSOR
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.default is p.empty and p.kind in positional]
+    keywords = {p.name: TENSOR for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+    if len(required) <= 1 and not keywords:
+        return _ONE_TENSOR
+    return tuple(TENSOR for _ in required), keywords
+
+
+def install(module: nn.Module, born_fused: bool = False) -> FusedForward:
+    """Put a fused forward on ``module``."""
+    forward = FusedForward(module, born_fused=born_fused)
+    values = (forward, forward.prepare_scriptable, forward.replicate)
+    module.__dict__.update(zip(_ATTRIBUTES, values, strict=True))
+    return forward
+
+
+def fused_forward(module: nn.Module) -> FusedForward | None:
+    """What :func:`install` has put on ``module``, even if somebody has wrapped or replaced its forward since."""
+    method = module.__dict__.get("__prepare_scriptable__")
+    forward = getattr(method, "__self__", None)
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def remove(module: nn.Module) -> None:
+    """Undo :func:`install`. A forward that somebody has put in its place stays."""
+    forward = fused_forward(module)
+    if forward is None:
+        return
+    forward.active = False
+    for name, value in zip(_ATTRIBUTES, (forward, forward.prepare_scriptable, forward.replicate), strict=True):
+        if module.__dict__.get(name) == value:
+            del module.__dict__[name]
+
+
+def without_fusion(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A copy of ``module`` and all in it with the same tensors and without fused forwards."""
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):
+        return module
+    twin = memo[id(module)] = type(module).__new__(type(module))
+    own = _ATTRIBUTES if fused_forward(module) is not None else ()
+    twin.__dict__.update((k, v) for k, v in module.__dict__.items() if k not in own)
+    twin.__dict__["_modules"] = type(module._modules)(
+        (name, None if child is None else without_fusion(child, memo)) for name, child in module._modules.items()
+    )
+    return twin

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""A module's forward with its runs fused, every other step being the module's own: :class:`Program`."""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from resnet_fused.surgery.execution import run_block
+from resnet_fused.surgery.layers import normalises_and_activates
+from resnet_fused.surgery.recording import record
+from resnet_fused.surgery.runs import Finder, Join, Run
+
+_numbers = itertools.count()
+
+
+class _Place:
+    """Stands in a graph for a run. Graphs are cycles: what they hold is freed late."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+
+    def __call__(self, *args):
+        raise NotImplementedError
+
+
+class RunCall:
+    """A run as a function of its inputs."""
+
+    def __init__(self, run: Run, memory: str):
+        self.pairs, self.relu, self.memory = run.units, run.relu, memory
+        self.join, self.projection, self.behind = run.join, run.projection, run.behind
+        self._run = run
+        self._steps: Callable | None = None
+
+    def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
+        added = {Join.NONE: None, Join.IDENTITY: x, Join.TENSOR: shortcut, Join.PROJECTION: self.projection}[self.join]
+        z = run_block(x, self.pairs, added, self.relu, self.memory)
+        if z is None:
+            if self._steps is None:
+                self._steps = self._compile_steps()
+            return self._steps(module, x) if self.join is not Join.TENSOR else self._steps(module, x, shortcut)
+        for m in self.behind:
+            z = m(z)
+        return z
+
+    def _compile_steps(self) -> Callable:
+        """The recorded steps one by one: what the module does itself."""
+        graph = fx.Graph()
+        inputs = [self._run.source] + ([self._run.shortcut] if self._run.shortcut is not None else [])
+        copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+        for node in self._run.nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[self._run.nodes[-1]])
+        return _compiled(graph, "steps")
+
+
+class Program:
+    """What a module's forward computes for one pattern of arguments in one mode, with every run fused.
+
+    Args:
+        module: whose forward; not referred to afterwards.
+        pattern: as in :func:`resnet_fused.surgery.recording.record`.
+        training: the mode.
+        memory: what its runs keep for backward.
+
+    Raises:
+        Left: where the forward is no graph.
+    """
+
+    def __init__(self, module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: bool, memory: str):
+        graph, result, guards, self.reads_training = record(module, pattern, training)
+        finder = Finder(module, graph)
+        self.runs = finder.runs()
+        self.left = dict(finder.left(self.runs))
+        for leaf in itertools.chain.from_iterable(run.leaves for run in self.runs):
+            guards.add_plain(leaf)
+            if normalises_and_activates(leaf):
+                guards.add_attribute(leaf, "drop")
+                guards.add_attribute(leaf, "act")
+        guards.close()
+        self.guards = guards
+        self.calls = [RunCall(run, memory) for run in self.runs]
+        members = {node for run in self.runs for node in run.nodes}
+        rest = [n for n in graph.nodes if n not in members and n.op not in ("placeholder", "output")]
+        # One run without a join and nothing besides: a part of whatever calls the module.
+        self.is_one_unit = len(self.runs) == 1 and not rest and self.runs[0].join is Join.NONE
+        self._function = self._compile(graph, type(module).__name__) if self.runs else None
+        self._result = None if result.is_leaf() else result
+
+    def __call__(self, module: nn.Module, tensors: Iterable[Tensor]) -> Any:
+        results = self._function(module, module, *tensors)
+        return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
+
+    def _compile(self, graph: fx.Graph, name: str) -> Callable:
+        ends = {run.nodes[-1]: i for i, run in enumerate(self.runs)}
+        places = [_Place(f"run_{i}") for i in range(len(self.runs))]
+        members = {node for run in self.runs for node in run.nodes}
+        fused = fx.Graph()
+        module = fused.placeholder("module")
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node in ends:
+                run = self.runs[ends[node]]
+                inputs = (run.source,) if run.shortcut is None else (run.source, run.shortcut)
+                copies[node] = fused.call_function(places[ends[node]], (module, *(copies[n] for n in inputs)))
+            elif node not in members:
+                copies[node] = fused.node_copy(node, copies.__getitem__)
+        return _compiled(fused, name, dict(zip(places, self.calls, strict=True)))
+
+
+def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall] | None = None) -> Callable:
+    """A graph as a function of the module that it names children of, and of its inputs."""
+    code = graph.python_code("self")
+    source = code.src
+    filename = f"<resnet_fused {next(_numbers)}: {name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = {k: calls[v] if isinstance(v, _Place) else v for k, v in code.globals.items()}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace.pop("forward")  # which would be a cycle, too

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The runs in a recorded forward: convolutions, batch norms and ReLUs in a row, and an addition behind, that one call
+of the fused Function computes.
+
+A chain is found first: units of a convolution and its batch norm with a ReLU between one and the next, each result used
+once. Where a chain's end is added to something, the addition joins it: the chain's own input (an identity shortcut), a
+second chain of one unit from the same input (a projection), or any other tensor.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from resnet_fused.surgery.layers import (
+    conv_reason,
+    is_identity,
+    is_layer,
+    is_plain,
+    is_relu,
+    norm_reason,
+    normalises_and_activates,
+)
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_OVERWRITES_FIRST = (operator.iadd, "add_")
+
+
+class Join(Enum):
+    """What a run adds to its last unit's output."""
+
+    NONE = "none"
+    IDENTITY = "identity"
+    TENSOR = "tensor"
+    PROJECTION = "projection"
+
+
+class Pair(NamedTuple):
+    """A unit of a run: a convolution and the batch norm behind it. One of them may be None."""
+
+    conv: nn.Module | None
+    norm: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Nodes that are computed together.
+
+    ``source``: the node that it reads; ``shortcut``: the node that is added, for a join with a tensor; ``behind``:
+    modules that are called on the result, one after the other (an activation that is part of a batch norm's module).
+    """
+
+    nodes: tuple[fx.Node, ...]
+    source: fx.Node
+    units: tuple[Pair, ...]
+    relu: bool
+    join: Join = Join.NONE
+    shortcut: fx.Node | None = None
+    projection: Pair | None = None
+    behind: tuple[nn.Module, ...] = ()
+    silent: tuple[nn.Module, ...] = ()
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return self.units if self.projection is None else (*self.units, self.projection)
+
+    @property
+    def for_inference_only(self) -> bool:
+        """Whether a convolution without a batch norm stands where only evaluation without gradients fuses it."""
+        inner = self.pairs[: len(self.units) - 1] + (() if self.projection is None else (self.projection,))
+        return any(p.norm is None for p in inner) or (len(self.units) == 1 and self.units[0].norm is None)
+
+    @property
+    def leaves(self) -> list[nn.Module]:
+        """The modules that it does not call."""
+        return [m for p in self.pairs for m in p if m is not None] + list(self.silent)
+
+    def __str__(self) -> str:
+        text = " ".join(_spelt(p, relu) for p, relu in self._steps())
+        join = {Join.IDENTITY: " +identity", Join.TENSOR: " +add", Join.PROJECTION: " +projection"}.get(self.join, "")
+        last = "+relu" if self.relu and self.join is not Join.NONE else ""
+        return f"{text}{join}{last}"
+
+    def _steps(self) -> Iterator[tuple[Pair, bool]]:
+        for i, pair in enumerate(self.units):
+            last = i == len(self.units) - 1
+            yield pair, not last or (self.relu and self.join is Join.NONE)
+
+
+def _spelt(pair: Pair, relu: bool) -> str:
+    parts = (("conv", pair.conv is not None), ("bn", pair.norm is not None), ("relu", relu))
+    return "+".join(name for name, there in parts if there)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nodes
+
+
+class _Kind(Enum):
+    CONV = "conv"
+    NORM = "norm"
+    RELU = "relu"
+    IDENTITY = "identity"
+    ADD = "add"
+    OTHER = "other"
+
+
+@dataclass
+class _Chain:
+    """Units in a row. ``end``: the last node; ``relu``: it is a ReLU."""
+
+    source: fx.Node
+    units: list[Pair] = field(default_factory=list)
+    nodes: list[fx.Node] = field(default_factory=list)
+    silent: list[nn.Module] = field(default_factory=list)
+    relu: bool = False
+    behind: tuple[nn.Module, ...] = ()
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+class Finder:
+    """Finds the runs of ``graph``, whose ``call_module`` nodes name children of ``module``."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph):
+        self.module = module
+        self.nodes = list(graph.nodes)
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.uses = Counter(n.target for n in self.nodes if n.op == "call_module")
+
+    # What a node is ------------------------------------------------------------------------------------------
+
+    def child(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+
+    def kind(self, node: fx.Node) -> _Kind:
+        if node.op in ("call_function", "call_method"):
+            if node.target in _RELUS and _operand(node) is not None:
+                return _Kind.RELU
+            if node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
+                if all(isinstance(a, fx.Node) for a in node.args):
+                    return _Kind.ADD
+            return _Kind.OTHER
+        child = self.child(node)
+        if child is None or _operand(node) is None:
+            return _Kind.OTHER
+        if is_relu(child):
+            return _Kind.RELU
+        if is_identity(child):
+            return _Kind.IDENTITY
+        if isinstance(child, nn.Conv2d) and conv_reason(child) is None:
+            return _Kind.CONV
+        return _Kind.NORM if norm_reason(child) is None else _Kind.OTHER
+
+    def follower(self, node: fx.Node) -> fx.Node | None:
+        """The one node that uses ``node``, once."""
+        if len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        return user if [*_arguments(user)].count(node) == 1 else None
+
+    # Chains --------------------------------------------------------------------------------------------------
+
+    def chains(self) -> list[_Chain]:
+        found: list[_Chain] = []
+        taken: set[fx.Node] = set()
+        for node in self.nodes:
+            if node not in taken and self.kind(node) in (_Kind.CONV, _Kind.NORM):
+                for chain in self.chain_from(node):
+                    taken.update(chain.nodes)
+                    found.append(chain)
+        return found
+
+    def chain_from(self, node: fx.Node | None) -> Iterator[_Chain]:
+        """The chain that begins at ``node``, in pieces that one call of the Function can take each."""
+        chain = _Chain(_operand(node))
+        seen: set[nn.Module] = set()
+        while node is not None:
+            pair, nodes, silent, relu, behind, following = self.unit_from(node, allow_bare_norm=not chain.units)
+            if pair is None or any(m in seen for m in pair if m is not None):
+                break
+            if chain.units and self.splits(chain, pair):
+                yield chain
+                chain = _Chain(chain.end)
+            seen.update(m for m in pair if m is not None)
+            chain.units.append(pair)
+            chain.nodes += nodes
+            chain.silent += silent
+            chain.relu, chain.behind = relu, behind
+            node = following if relu and following is not None and self.kind(following) is _Kind.CONV else None
+        if chain.units:
+            yield chain
+
+    def splits(self, chain: _Chain, pair: Pair) -> bool:
+        """Whether ``pair`` cannot follow: a convolution without a batch norm ends a chain, or all are such."""
+        bare = [p.norm is None for p in chain.units]
+        return (all(bare) and pair.norm is not None) or (bare[-1] and not all(bare))
+
+    def unit_from(self, node: fx.Node, allow_bare_norm: bool) -> tuple:
+        """A unit that begins at ``node``: pair, nodes, silent modules, ReLU or not, modules behind, what follows."""
+        conv = norm = None
+        nodes: list[fx.Node] = []
+        silent: list[nn.Module] = []
+        relu, behind = False, ()
+
+        def advance(current: fx.Node) -> fx.Node | None:
+            nodes.append(current)
+            following = self.follower(current)
+            while following is not None and self.kind(following) is _Kind.IDENTITY:
+                nodes.append(following)
+                silent.append(self.child(following))
+                following = self.follower(following)
+            return following
+
+        following: fx.Node | None = node
+        if self.kind(node) is _Kind.CONV:
+            conv = self.child(node)
+            following = advance(node)
+        elif not allow_bare_norm:
+            return None, nodes, silent, relu, behind, None
+        if following is not None and self.kind(following) is _Kind.NORM:
+            norm = self.child(following)
+            following = advance(following)
+            if normalises_and_activates(norm):
+                relu, behind = _activation_of(norm)
+                if relu:
+                    silent += [norm.drop, norm.act]
+        if not behind and not relu and following is not None and self.kind(following) is _Kind.RELU:
+            relu = True
+            if following.op == "call_module":
+                silent.append(self.child(following))
+            following = advance(following)
+        return Pair(conv, norm), nodes, silent, relu, behind, None if behind else following
+
+    # Joins ---------------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[Run]:
+        """Every run, in the order of execution."""
+        chains = self.chains()
+        ends = {c.end: c for c in chains if not c.relu and not c.behind and len(c.end.users) == 1}
+        found: list[Run] = []
+        joined: set[int] = set()
+        for node in self.nodes:
+            if self.kind(node) is not _Kind.ADD:
+                continue
+            run, used = self.joined_at(node, ends)
+            if run is not None:
+                found.append(run)
+                joined.update(map(id, used))
+                for chain in used:
+                    ends.pop(chain.end, None)
+        found += [run for c in chains if id(c) not in joined for run in self.plain_runs(c)]
+        return sorted(found, key=lambda run: self.position[run.nodes[-1]])
+
+    def joined_at(self, addition: fx.Node, ends: dict[fx.Node, _Chain]) -> tuple[Run | None, list[_Chain]]:
+        a, b = addition.args
+        if a is b:
+            return None, []
+        options = []
+        for main_node, side in ((a, b), (b, a)):
+            main = ends.get(main_node)
+            if main is None:
+                continue
+            other = ends.get(side)
+            if other is not None and self.is_projection(other, main):
+                options.append((2, len(main.units), main, other, None))
+            elif addition.target in _OVERWRITES_FIRST and main_node is not a:
+                continue  # the shortcut, perhaps the caller's own tensor, would be overwritten
+            else:
+                options.append((1, len(main.units), main, None, side))
+        for _, _, main, projection, side in sorted(options, key=lambda o: o[:2], reverse=True):
+            nodes = [*main.nodes, *(projection.nodes if projection else ()), addition]
+            silent = [*main.silent, *(projection.silent if projection else ())]
+            while side is not None and self.kind(side) is _Kind.IDENTITY and len(side.users) == 1:
+                nodes.append(side)
+                silent.append(self.child(side))
+                side = _operand(side)
+            following, relu = self.follower(addition), False
+            if following is not None and self.kind(following) is _Kind.RELU:
+                relu = True
+                nodes.append(following)
+                if following.op == "call_module":
+                    silent.append(self.child(following))
+            join = Join.PROJECTION if projection else Join.IDENTITY if side is main.source else Join.TENSOR
+            run = Run(
+                tuple(sorted(nodes, key=self.position.__getitem__)),
+                main.source,
+                tuple(main.units),
+                relu,
+                join,
+                side if join is Join.TENSOR else None,
+                projection.units[0] if projection else None,
+                silent=tuple(silent),
+            )
+            if self.may_move(run):
+                return run, [main, *([projection] if projection else [])]
+        return None, []
+
+    def is_projection(self, chain: _Chain, main: _Chain) -> bool:
+        pair = chain.units[0]
+        bare = all(p.norm is None for p in main.units)
+        return (
+            len(chain.units) == 1
+            and chain.source is main.source
+            and pair.conv is not None
+            and (pair.norm is None) == bare
+        )
+
+    def plain_runs(self, chain: _Chain) -> Iterator[Run]:
+        """A chain without a join, if there are two layers or more in it to compute together."""
+        run = Run(
+            tuple(chain.nodes),
+            chain.source,
+            tuple(chain.units),
+            chain.relu,
+            behind=chain.behind,
+            silent=tuple(chain.silent),
+        )
+        layers = sum(m is not None for p in chain.units for m in p) + (chain.relu or len(chain.units) > 1)
+        if layers > 1 and self.may_move(run):
+            yield run
+
+    # Order ---------------------------------------------------------------------------------------------------
+
+    def may_move(self, run: Run) -> bool:
+        """Whether the run may execute where its last node stands: nothing in between writes on what it reads."""
+        first, last = self.position[run.nodes[0]], self.position[run.nodes[-1]]
+        members = set(run.nodes)
+        read = {run.source} | ({run.shortcut} if run.shortcut is not None else set())
+        own = {id(m) for m in run.leaves}
+        return all(
+            node in members or (self.spares(node, read) and id(self.child(node)) not in own)
+            for node in self.nodes[first:last]
+        )
+
+    def spares(self, node: fx.Node, read: set[fx.Node]) -> bool:
+        """Whether ``node`` does not write on any of ``read``."""
+        if not any(_seen_through(n) & read for n in node.all_input_nodes):
+            return True
+        child = self.child(node)
+        if child is not None:
+            return _is_pure(child)
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_NAMES
+        flags = [*node.args, *node.kwargs.values()]
+        return not in_place and not any(f is True for f in flags) and "out" not in node.kwargs
+
+    # What is left --------------------------------------------------------------------------------------------
+
+    def left(self, runs: Iterable[Run]) -> Iterator[tuple[nn.Module, str]]:
+        """Convolutions and batch norms among the children that no run computes, each with the reason."""
+        covered = {id(m) for run in runs for m in run.leaves}
+        for node in self.nodes:
+            child = self.child(node)
+            if child is None or id(child) in covered or not is_layer(child):
+                continue
+            reason = conv_reason(child) if isinstance(child, nn.modules.conv._ConvNd) else norm_reason(child)
+            yield child, reason or self.why_alone(node)
+
+    def why_alone(self, node: fx.Node) -> str:
+        name = type(self.child(node)).__name__
+        if len(node.users) != 1:
+            return f"{name} whose result is used {len(node.users)} times"
+        follower = next(iter(node.users))
+        if follower.op == "output":
+            return f"{name} before the end"
+        return f"{name} before {self.describe(follower)}"
+
+    def describe(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self.child(node)).__name__
+        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+_IN_PLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
+_VIEWS = ("getitem", "view", "reshape", "chunk", "split", "flatten", "permute", "transpose", "narrow", "contiguous")
+
+
+def _arguments(node: fx.Node) -> Iterator[fx.Node]:
+    found: list[fx.Node] = []
+    collect: Callable = lambda n: found.append(n) or n  # noqa: E731
+    fx.map_arg((node.args, node.kwargs), collect)
+    yield from found
+
+
+def _operand(node: fx.Node) -> fx.Node | None:
+    """What ``node`` is applied to, if that is a single tensor and there are no other arguments of weight."""
+    operands = [*_arguments(node)]
+    if len(operands) != 1:
+        return None
+    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+    others = [*node.args[1:], *(v for v in node.kwargs.values() if v is not operands[0])]
+    return operands[0] if first is operands[0] and all(isinstance(o, bool) for o in others) else None
+
+
+def _activation_of(norm: nn.Module) -> tuple[bool, tuple[nn.Module, ...]]:
+    """Of timm's BatchNormAct2d: whether it ends in a ReLU, or what else is called behind the batch norm."""
+    if is_identity(norm.drop) and is_relu(norm.act):
+        return True, ()
+    return False, tuple(m for m in (norm.drop, norm.act) if not (type(m) is nn.Identity and is_plain(m)))
+
+
+def _seen_through(node: fx.Node) -> set[fx.Node]:
+    """``node`` and what it may be a view of."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op in ("call_method", "call_function") and name in _VIEWS:
+        return {node}.union(*(_seen_through(n) for n in node.all_input_nodes))
+    return {node}
+
+
+def _is_pure(module: nn.Module) -> bool:
+    """Whether calling ``module`` leaves its input as it is: torch's own layers that are not in place."""
+    own = type(module).__module__.startswith("torch.nn.modules.") and is_plain(module)
+    return own and not getattr(module, "inplace", False) and all(map(_is_pure, module.children()))
