@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, layers, networks, report, small
+from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, layers, networks, report, small, zoo
 from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
 from benchmarks.timing import Race
 from resnet_fused import ops
@@ -22,7 +23,7 @@ from resnet_fused import ops
 RESULTS = Path(__file__).parent / "results"
 BATCH = 8  # images, on a CPU where nothing is chosen: blocks and networks are done in minutes
 
-Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome, small.Outcome)
+Found = TypeVar("Found", Outcome, bandwidth.Outcome, convolutions.Outcome, small.Outcome, zoo.Outcome)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -39,6 +40,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")
     choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
+    choice.add_argument(
+        "--zoo", **pattern, help="what of torchvision's and timm's networks runs fused; PART: resnet50, 'timm:dla*'"
+    )
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
     choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
     choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's")
@@ -81,10 +85,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--native: {not_native}")
     if options.convolutions is not None and not_native:
         parser.error(f"--convolutions: {not_native}")
-    for name, asked in (("--small", options.small), ("--profile", options.profile is not None)):
+    on_cpu = {"--small": options.small, "--profile": options.profile is not None, "--zoo": options.zoo is not None}
+    for name, asked in on_cpu.items():
         if asked and device.type != "cpu":
             parser.error(f"{name}: on the CPU only")
-    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile)
+    chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile, options.zoo)
     if not (options.depth or options.bottleneck or options.small) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
         if device.type == "cpu" and not options.quick:
@@ -105,7 +110,7 @@ def execute(jobs: Iterable, total: int, describe: Callable[[Found], str]) -> lis
         outcome = job.run()
         outcomes.append(outcome)
         elapsed = time.perf_counter() - start
-        disturbed = ", disturbed" if outcome.race.disturbed else ""
+        disturbed = ", disturbed" if not isinstance(outcome, zoo.Outcome) and outcome.race.disturbed else ""
         print(f"{describe(outcome)}{disturbed}  ({elapsed:.1f} s)", flush=True)
     return outcomes
 
@@ -150,6 +155,20 @@ def run_profile(settings: Settings, part: str, folder: Path) -> None:
         raise SystemExit("no network has such a name")
     print()
     report.write_json(folder / "layers.json", settings.device, found)
+
+
+def run_zoo(pattern: str, settings: Settings, folder: Path) -> list[zoo.Outcome]:
+    chosen, missing = zoo.select(pattern), zoo.missing_libraries()
+    for library, reason in missing.items():
+        left = sum(model.library == library for model in chosen)
+        print(f"{library} cannot be imported, {left} models are left out: {reason}")
+    chosen = [model for model in chosen if model.library not in missing]
+    if not chosen:
+        raise SystemExit("no model of the zoo that can be imported has such a name")
+    found = execute(map(zoo.Job, chosen), len(chosen), zoo.progress)
+    print("", zoo.table(found), "", zoo.summary(found), "", sep="\n")
+    report.write_json(folder / "zoo.json", settings.device, zoo.records(found))
+    return found
 
 
 def run_bottleneck(settings: Settings, folder: Path) -> list[Outcome]:
@@ -219,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     races: list[Race] = [outcome.race for outcome in (*checked, *few)]
     if options.profile is not None:
         run_profile(settings, options.profile, folder)
+    animals = [] if options.zoo is None else run_zoo(options.zoo, settings, folder)
     if options.bandwidth is not None:
         races += [outcome.race for outcome in run_bandwidth(settings, options.bandwidth, folder)]
 
@@ -227,11 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in checked:
         for failure in outcome.check.failures:
             print(f"outside the tolerance policy: {outcome.case}: {failure}")
+    faulty = [outcome for outcome in animals if outcome.faults]
+    for outcome in faulty:
+        print(f"fault in {outcome.case}, {len(outcome.faults)}: {textwrap.shorten(outcome.faults[0], 300)}")
     disturbed = sum(race.disturbed for race in races)
     if disturbed:
         print(f"other processes were busy during {disturbed} of {len(races)} cases: don't trust those times")
-    passed = all(outcome.check.passed for outcome in checked)
-    verdict = "" if not checked else "all checks passed; " if passed else "CHECKS FAILED; "
+    passed = not faulty and all(outcome.check.passed for outcome in checked)
+    verdict = "" if not checked and not animals else "all checks passed; " if passed else "CHECKS FAILED; "
     print(f"{verdict}{time.perf_counter() - start:.0f} s; see {folder}")
     return 0 if passed else 1
 
