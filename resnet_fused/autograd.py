@@ -17,6 +17,12 @@ from resnet_fused.units import Conv, Join, Norm, Unit
 MEMORY_MODES = ("default", "minimal")
 
 
+def _is_wrapped(t: Tensor) -> bool:
+    """Whether ``t`` stands for a batch, of autograd's own vmap or of torch.func's, or for another transform."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)
+
+
 class _Block(torch.autograd.Function):
     """``apply(plan, x, shortcut, *tensors)``: seven tensors per unit in the order of :class:`Conv`, :class:`Norm`."""
 
@@ -36,7 +42,8 @@ class _Block(torch.autograd.Function):
         x, z, *saved = ctx.saved_tensors
         kept = Kept(*(saved[i * count : (i + 1) * count] for i in range(3)))
         parameters = block.per_unit(saved[3 * count :])
-        if torch.is_grad_enabled():  # create_graph=True
+        # create_graph=True, or vmap over gradients (is_grads_batched=True), which knows nothing of our operators.
+        if torch.is_grad_enabled() or _is_wrapped(grad):
             return _differentiable_backward(ctx, grad, x, z, kept.coefficients, parameters)
         _, of_input, of_shortcut, *of_tensors = ctx.needs_input_grad
         needs = (of_input, of_shortcut, *learnt(of_tensors))
@@ -45,37 +52,41 @@ class _Block(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
-    """Backward through differentiable operations, for ``create_graph=True``.
+    """Backward through PyTorch's own operations, which differentiate again and take batches of gradients.
 
     The reference runs again from the saved inputs and autograd differentiates it. Frozen statistics are constants,
     read from the saved coefficients. A shortcut from elsewhere enters the join linearly: its value matters only
     to the ReLU's mask, which ``z`` gives.
     """
     plan: Plan = ctx.plan
-    units = []
-    for unit, (weight, bias, gamma, beta), table in zip(plan.units, parameters, coefficients, strict=True):
-        mean, var = (None, None)
-        if not unit.batch_statistics:
-            # invstd = rsqrt(var + eps), inverted with eps = 0.
-            mean, var = table[0], table[1].pow(-2)
-        conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
-        eps = unit.eps if unit.batch_statistics else 0.0
-        units.append(Unit(conv, Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Where tensors depend on each other, or are the same, each receives its own share: the views end there.
+        x = x.view_as(x)
+        parameters = [[None if t is None else t.view_as(t) for t in of_unit] for of_unit in parameters]
+        units = []
+        for unit, (weight, bias, gamma, beta), table in zip(plan.units, parameters, coefficients, strict=True):
+            mean, var = (None, None)
+            if not unit.batch_statistics:
+                # invstd = rsqrt(var + eps), inverted with eps = 0.
+                mean, var = table[0], table[1].pow(-2)
+            conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
+            eps = unit.eps if unit.batch_statistics else 0.0
+            units.append(Unit(conv, Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)))
 
-    if plan.join is Join.TENSOR:
-        out = reference.residual(x, units, None, relu=False)
-        masked = torch.where(z <= 0, torch.zeros_like(grad), grad) if plan.relu else grad
-    else:
-        shortcut = {Join.PROJECTION: units[-1], Join.IDENTITY: x, Join.NONE: None}[plan.join]
-        out = reference.residual(x, units[: plan.last + 1], shortcut, plan.relu)
-        masked = grad
+        if plan.join is Join.TENSOR:
+            out = reference.residual(x, units, None, relu=False)
+        else:
+            shortcut = {Join.PROJECTION: units[-1], Join.IDENTITY: x, Join.NONE: None}[plan.join]
+            out = reference.residual(x, units[: plan.last + 1], shortcut, plan.relu)
+    masked = grad
+    if plan.join is Join.TENSOR and plan.relu:
+        masked = torch.where(z <= 0, torch.zeros_like(grad), grad)
     inputs = [None, x, None, *(t for p in parameters for t in (*p, None, None, None))]
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-    found = (
-        torch.autograd.grad(out, [inputs[i] for i in wanted], masked, create_graph=True, allow_unused=True)
-        if wanted
-        else ()
-    )
+    found = ()
+    if wanted:
+        found = torch.autograd.grad(out, [inputs[i] for i in wanted], masked, create_graph=again, allow_unused=True)
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for i, g in zip(wanted, found, strict=True):
         result[i] = g
