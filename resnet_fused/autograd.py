@@ -1,459 +1,93 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""The autograd Function of a whole residual block: what is saved, what is recomputed, the order of kernels.
-
-One Function serves every block: a chain of units (one: ConvBNAct, two: BasicBlock, three: Bottleneck) and a join.
-Saved for backward are the block's input, the raw convolution outputs and the per-channel coefficients; the
-activations between the convolutions are recomputed from them, and the ReLUs' masks too.
-
-Each convolution is the library's, with one-pass kernels around it, or native: then the batch norm and ReLU in front of
-it, and in backward the batch norm behind it, are applied while it reads its operands, and neither the activation nor
-the gradient in between exists in memory. Both kinds mix within a block.
-"""
+"""The autograd Function of a whole residual block, and which of its kinds a call takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused import inference, ops, reference
-from resnet_fused.choice import Use
-from resnet_fused.units import Conv, Norm, Unit
+from resnet_fused import block, compiled, inference, reference
+from resnet_fused.block import Kept, Plan
+from resnet_fused.opaque import learnt
+from resnet_fused.units import Conv, Join, Norm, Unit
 
 MEMORY_MODES = ("default", "minimal")
 
-_TENSORS_PER_UNIT = 7
 
-
-class Join(Enum):
-    """What is added to the last unit's output."""
-
-    NONE = 0
-    IDENTITY = 1  # the block's input
-    TENSOR = 2  # a tensor from elsewhere
-    PROJECTION = 3  # a unit applied to the block's input
-
-
-class _UnitPlan(NamedTuple):
-    """A unit without its tensors."""
-
-    convolves: bool
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    batch_statistics: bool
-    momentum: float | None
-    eps: float
-    native: bool  # dgrad and wgrad
-    native_fprop: bool
-    normalises: bool  # False: a convolution alone, the last of its chain
-
-    @property
-    def geometry(self) -> tuple[tuple[int, int], ...]:
-        """Of a native convolution."""
-        return self.stride, self.padding, self.dilation
-
-
-class _Plan(NamedTuple):
-    """A block without its tensors. ``units`` ends with the projection's if the join has one."""
-
-    units: tuple[_UnitPlan, ...]
-    join: Join
-    relu: bool
-    minimal: bool
-    cast_weights: bool  # autocast: parameters follow the input's dtype
-
-    @property
-    def last(self) -> int:
-        return len(self.units) - (2 if self.join is Join.PROJECTION else 1)
-
-    @property
-    def projection(self) -> int:
-        return len(self.units) - 1
-
-    def weight(self, i: int, x: Tensor, weight: Tensor | None) -> Tensor | None:
-        """Unit i's weight as its convolution takes it: some native ones cast it while they read it."""
-        if weight is None or not self.cast_weights:
-            return weight
-        if self.units[i].native_fprop and ops.casts_weight(x, weight):
-            return weight
-        return weight.to(x.dtype)
-
-    @property
-    def ends_in_convolution(self) -> bool:
-        """Whether the output is a convolution's, plus perhaps a shortcut: then its value is not needed in backward."""
-        return not (self.units[self.last].normalises or self.relu or self.join is Join.PROJECTION)
-
-    def reads_input(self, i: int) -> bool:
-        """Whether unit i reads the block's input rather than the unit before it."""
-        return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
-
-
-def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[_UnitPlan, tuple[Tensor | None, ...]]:
-    conv, norm = u
-    c = conv if conv is not None else Conv(None)
-    n = norm if norm is not None else _NO_NORM
-    plan = _UnitPlan(
-        conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
-    )
-    return plan, (c.weight, c.bias, *n[:5])
-
-
-_NO_NORM = Norm(None, None, batch_statistics=False)
-
-
-# What a unit reads: a tensor, or with coefficients the activation relu(scale*tensor + shift).
-_Source = tuple[Tensor, Tensor | None]
-
-
-def _activation(source: _Source) -> Tensor:
-    tensor, coefficients = source
-    return tensor if coefficients is None else ops.bn_apply(tensor, coefficients, relu=True)
-
-
-def _convolve(
-    plan: _UnitPlan, source: _Source, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The convolution's output and, if it leaves them, the output's statistics."""
-    if plan.native_fprop:
-        return ops.conv_fprop(*source, weight, None if bias is None else bias.float(), *plan.geometry)
-    x = _activation(source)
-    if not plan.convolves:
-        return x, None
-    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-    return ops.convolution(x, weight, bias, *plan[1:5]), None
-
-
-def _normalise(plan: _UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[Tensor | None]) -> Tensor:
-    weight, bias, running_mean, running_var, num_batches_tracked = norm
-    if not plan.normalises:
-        table = y.new_zeros((4, y.shape[1]), dtype=ops.acc_dtype(y.dtype))
-        table[1:3] = 1
-        return table
-    if not plan.batch_statistics:
-        return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
-    if y.numel() == y.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
-    statistics = statistics if statistics is not None else ops.bn_statistics(y)
-    return ops.bn_finalize(
-        statistics, weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
-    )
-
-
-class _Gradient(NamedTuple):
-    """The gradient of a convolution's output y: ``a*g + b*y + c`` with ``g``, ``grad`` behind the mask of a ReLU.
-
-    The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself. ``own``:
-    the memory of ``grad`` is ours to write over.
-    """
-
-    grad: Tensor
-    y: Tensor
-    coefficients: Tensor
-    backward_coefficients: Tensor
-    batch_statistics: bool
-    relu: bool = False
-    shortcut: Tensor | None = None
-    z: Tensor | None = None
-    own: bool = False
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For a native convolution, which puts the parts together itself."""
-        assert not self.relu
-        return self.grad, self.y, self.backward_coefficients
-
-    def tensor(self) -> Tensor:
-        """For the library's convolution."""
-        arguments = (self.y, self.coefficients, self.backward_coefficients, self.shortcut, self.z)
-        # Written over where it may be, so that no memory is touched for the first time.
-        apply = ops.bn_backward_apply_ if self.own else ops.bn_backward_apply
-        return apply(self.grad, *arguments, self.relu, self.batch_statistics)
+def _is_wrapped(t: Tensor) -> bool:
+    """Whether ``t`` stands for a batch, of autograd's own vmap or of torch.func's, or for another transform."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)
 
 
 class _Block(torch.autograd.Function):
     """``apply(plan, x, shortcut, *tensors)``: seven tensors per unit in the order of :class:`Conv`, :class:`Norm`."""
 
     @staticmethod
-    def forward(ctx, plan: _Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
-        units = [
-            tensors[i * _TENSORS_PER_UNIT : (i + 1) * _TENSORS_PER_UNIT] for i in range(len(plan.units))
-        ]
-        weights = [plan.weight(i, x, u[0]) for i, u in enumerate(units)]
-        outputs, coefficients = [], []
-        for i, (unit, tensor) in enumerate(zip(plan.units, units, strict=True)):
-            source = (x, None) if plan.reads_input(i) else (outputs[-1], coefficients[-1])
-            y, statistics = _convolve(unit, source, weights[i], tensor[1])
-            outputs.append(y)
-            coefficients.append(_normalise(unit, y, statistics, tensor[2:]))
-
-        last = plan.last
-        if plan.join is Join.PROJECTION:
-            join = (outputs[plan.projection], coefficients[plan.projection])
-        else:
-            join = (x if plan.join is Join.IDENTITY else shortcut, None)
-        if plan.ends_in_convolution and plan.join is Join.NONE:
-            z = outputs[last]
-        else:
-            z = ops.bn_apply(outputs[last], coefficients[last], *join, plan.relu)
-
-        kept: list[Tensor | None] = list(outputs)
-        if plan.ends_in_convolution:
-            kept[last] = None
-        cast = [w if w is not u[0] else None for w, u in zip(weights, units, strict=True)]
-        if plan.minimal:
-            # The join's inputs come back from one convolution each; weights are cast again.
-            kept[last] = None
-            if plan.join is Join.PROJECTION:
-                kept[plan.projection] = None
-            cast = [None] * len(cast)
-        kept = [None if not u.convolves else y for u, y in zip(plan.units, kept, strict=True)]
+    def forward(ctx, plan: Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
+        z, kept = block.forward(plan, x, shortcut, tensors)
         mask = z if plan.relu and plan.join is Join.TENSOR else None
-        parameters = [t for u in units for t in u[:4]]
         # A shortcut from elsewhere is not kept: it enters linearly, and z serves the ReLU's mask.
-        ctx.save_for_backward(x, mask, *kept, *coefficients, *cast, *parameters)
+        ctx.save_for_backward(x, mask, *kept.outputs, *kept.coefficients, *kept.weights, *learnt(tensors))
         ctx.plan = plan
         return z
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         count = len(plan.units)
         x, z, *saved = ctx.saved_tensors
-        outputs, coefficients, cast = (list(saved[i * count : (i + 1) * count]) for i in range(3))
-        parameters = [saved[3 * count + 4 * i : 3 * count + 4 * i + 4] for i in range(count)]
-        if not plan.units[0].convolves:
-            outputs[0] = x  # only the first unit may come without a convolution
-        if torch.is_grad_enabled():  # create_graph=True
-            return _differentiable_backward(ctx, grad, x, z, coefficients, parameters)
-
-        need_x, need_shortcut = ctx.needs_input_grad[1:3]
-        needs = [
-            ctx.needs_input_grad[3 + i * _TENSORS_PER_UNIT : 3 + i * _TENSORS_PER_UNIT + 4] for i in range(count)
-        ]
-        weights = [
-            w if w is not None else plan.weight(i, x, p[0])
-            for i, (w, p) in enumerate(zip(cast, parameters, strict=True))
-        ]
-        grads: list[list[Tensor | None]] = [[None] * _TENSORS_PER_UNIT for _ in range(count)]
-        last, projection = plan.last, plan.projection
-
-        def source(i: int) -> _Source:
-            return (x, None) if plan.reads_input(i) else (outputs[i - 1], coefficients[i - 1])
-
-        def operand(i: int) -> Tensor:
-            """What a library convolution read, or where only its shape matters a tensor of the same."""
-            return _activation(source(i)) if needs[i][0] else source(i)[0]
-
-        def needs_sums(i: int) -> bool:
-            return plan.units[i].batch_statistics or any(needs[i][1:])
-
-        def norm_backward(i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
-            """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
-            statistics = plan.units[i].batch_statistics
-            if sums is None:  # a frozen one that nothing of is to be learnt: dy = scale*g
-                b = coefficients[i].new_zeros((5, coefficients[i].shape[1]))
-                b[2] = coefficients[i][2]
-                return b
-            b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
-            _, bias, gamma, beta = parameters[i]
-            if needs[i][2]:
-                grads[i][2] = b[0].to(gamma.dtype)
-            if needs[i][3]:
-                grads[i][3] = b[1].to(beta.dtype)
-            if needs[i][1]:
-                # Under batch statistics a bias shifts the mean and nothing else.
-                grads[i][1] = torch.zeros_like(bias) if statistics else (b[2] * b[1]).to(bias.dtype)
-            return b
-
-        def library_backward(i: int, grad_y: Tensor, a: Tensor, need_input: bool) -> Tensor | None:
-            unit = plan.units[i]
-            if not unit.convolves:
-                return grad_y
-            grad_a, grad_weight = ops.convolution_backward(
-                grad_y, a, weights[i], *unit[1:5], need_input, needs[i][0]
-            )
-            if grad_weight is not None:
-                grads[i][0] = grad_weight.to(parameters[i][0].dtype)
-            return grad_a
-
-        def native_backward(
-            i: int, gradient: _Gradient, need_input: bool, addend: Tensor | None
-        ) -> tuple[Tensor | None, Tensor | None]:
-            """The gradient of what the unit reads, behind the ReLU in front of it, and its sums if there is one."""
-            unit, weight = plan.units[i], weights[i]
-            tensor, table = source(i)
-            if needs[i][0]:
-                dtype = torch.float32 if parameters[i][0].dtype == torch.float32 else weight.dtype
-                found = ops.conv_wgrad(
-                    *gradient.parts(), tensor, table, tuple(weight.shape[2:]), *unit.geometry, dtype
-                )
-                grads[i][0] = found.to(parameters[i][0].dtype)
-            if not need_input:
-                return None, None
-            masked_by = (None, None) if table is None else (tensor, table)
-            dx, sums = ops.conv_dgrad(
-                *gradient.parts(), weight, tuple(tensor.shape[2:]), *unit.geometry, addend, *masked_by
-            )
-            return dx, None if table is None else sums
-
-        # The join.
-        a = None if plan.units[last].native or not needs[last][0] else _activation(source(last))
-        y = grad if plan.ends_in_convolution else outputs[last]
-        if y is None:
-            read = source(last) if a is None else (a, None)
-            y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
-        grad_shortcut = grad_x = None
-        if plan.join is Join.PROJECTION:
-            s = outputs[projection]
-            if s is None:
-                s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
-            some_native = plan.units[last].native or plan.units[projection].native
-            masked = sums = None
-            if some_native or needs_sums(last) or needs_sums(projection):
-                masked, sums = ops.bn_backward_reduce(
-                    grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
-                )
-            g = masked if plan.relu else grad
-            b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
-            if some_native:
-                gradient = _Gradient(g, y, coefficients[last], b, plan.units[last].batch_statistics)
-                of_shortcut = _Gradient(
-                    g, s, coefficients[projection], b_shortcut, plan.units[projection].batch_statistics
-                )
-                if plan.units[projection].native:
-                    grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
-                else:
-                    grad_x = library_backward(projection, of_shortcut.tensor(), x, need_x)
-            else:
-                gradient, grad_s = ops.bn_backward_apply_pair(
-                    grad,
-                    y,
-                    coefficients[last],
-                    b,
-                    s,
-                    coefficients[projection],
-                    b_shortcut,
-                    plan.relu,
-                    plan.units[last].batch_statistics,
-                    plan.units[projection].batch_statistics,
-                )
-                grad_x = library_backward(projection, grad_s, x, need_x)
-                del grad_s
-            del s
-        else:
-            identity = plan.join is Join.IDENTITY
-            s = x if identity and plan.relu else None
-            # A native convolution takes the masked gradient, and the identity's is added by the first one.
-            write = plan.relu and (
-                need_shortcut or plan.units[last].native or (identity and need_x and plan.units[0].native)
-            )
-            masked = sums = None
-            if write or needs_sums(last):
-                masked, sums = ops.bn_backward_reduce(
-                    grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
-                )
-            g = masked if plan.relu else grad
-            grad_shortcut = g if need_shortcut else None
-            if identity and need_x and (write or not plan.relu):
-                grad_x = g
-            b = norm_backward(last, sums, 0, y)
-            statistics = plan.units[last].batch_statistics
-            if plan.ends_in_convolution:
-                gradient = grad
-            elif plan.units[last].native:
-                gradient = _Gradient(g, y, coefficients[last], b, statistics)
-            else:
-                gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
-
-        # The chain. `gradient` is that of unit i's output: in parts, or a tensor.
-        grad_a = None
-        for i in range(last, -1, -1):
-            need_input = need_x or any(any(n) for n in needs[:i])
-            sums = None
-            if plan.units[i].native:
-                addend = None
-                if i == 0 and need_x:
-                    addend, grad_x = grad_x, None
-                grad_a, sums = native_backward(i, gradient, need_input, addend)
-            else:
-                if isinstance(gradient, _Gradient):
-                    gradient = gradient.tensor()
-                a = a if a is not None else operand(i)
-                grad_a = library_backward(i, gradient, a, need_input)
-            gradient = a = None  # freed before the next allocation
-            if i == 0 or not need_input:
-                break
-            unit, below = plan.units[i - 1], outputs[i - 1]
-            masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
-            if not masked:
-                if not unit.native:
-                    a = operand(i - 1)
-                    grad_a = ops.dense(grad_a)
-                # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
-                written = None
-                if unit.native or needs_sums(i - 1):
-                    written, sums = ops.bn_backward_reduce(
-                        grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
-                    )
-                masked = unit.native
-                grad_a = written if masked else grad_a
-            b = norm_backward(i - 1, sums, 0, below)
-            gradient = _Gradient(
-                grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not masked, own=True
-            )
-        if not need_x:
-            grad_a = None
-        elif plan.units[0].native:
-            pass  # the shortcut's gradient was added
-        elif plan.join is Join.PROJECTION:
-            grad_a = grad_x.add_(grad_a)
-        elif plan.join is Join.IDENTITY:
-            grad_a = ops.dense(grad_a)
-            if grad_x is not None:
-                grad_a.add_(grad_x)
-            else:
-                ops.relu_backward_add_(grad_a, grad, y, coefficients[last], x)
-        return None, grad_a, grad_shortcut, *(g for unit_grads in grads for g in unit_grads)
+        kept = Kept(*(saved[i * count : (i + 1) * count] for i in range(3)))
+        parameters = block.per_unit(saved[3 * count :])
+        # create_graph=True, or vmap over gradients (is_grads_batched=True), which knows nothing of our operators.
+        if torch.is_grad_enabled() or _is_wrapped(grad):
+            return _differentiable_backward(ctx, grad, x, z, kept.coefficients, parameters)
+        _, of_input, of_shortcut, *of_tensors = ctx.needs_input_grad
+        needs = (of_input, of_shortcut, *learnt(of_tensors))
+        grad_x, grad_shortcut, grads = block.backward(plan, needs, grad, x, z, kept, parameters)
+        return None, grad_x, grad_shortcut, *(g for of_unit in grads for g in (*of_unit, None, None, None))
 
 
 def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
-    """Backward through differentiable operations, for ``create_graph=True``.
+    """Backward through PyTorch's own operations, which differentiate again and take batches of gradients.
 
     The reference runs again from the saved inputs and autograd differentiates it. Frozen statistics are constants,
     read from the saved coefficients. A shortcut from elsewhere enters the join linearly: its value matters only
     to the ReLU's mask, which ``z`` gives.
     """
-    plan: _Plan = ctx.plan
-    units = []
-    for unit, (weight, bias, gamma, beta), table in zip(plan.units, parameters, coefficients, strict=True):
-        mean, var = (None, None)
-        if not unit.batch_statistics:
-            # invstd = rsqrt(var + eps), inverted with eps = 0.
-            mean, var = table[0], table[1].pow(-2)
-        conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
-        eps = unit.eps if unit.batch_statistics else 0.0
-        norm = Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)
-        units.append(Unit(conv, norm if unit.normalises else None))
+    plan: Plan = ctx.plan
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Where tensors depend on each other, or are the same, each receives its own share: the views end there.
+        x = x.view_as(x)
+        parameters = [[None if t is None else t.view_as(t) for t in of_unit] for of_unit in parameters]
+        units = []
+        for unit, (weight, bias, gamma, beta), table in zip(plan.units, parameters, coefficients, strict=True):
+            mean, var = (None, None)
+            if not unit.batch_statistics:
+                # invstd = rsqrt(var + eps), inverted with eps = 0.
+                mean, var = table[0], table[1].pow(-2)
+            conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
+            eps = unit.eps if unit.batch_statistics else 0.0
+            norm = Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)
+            units.append(Unit(conv, norm if unit.normalises else None))
 
-    if plan.join is Join.TENSOR:
-        out = reference.residual(x, units, None, relu=False)
-        masked = torch.where(z <= 0, torch.zeros_like(grad), grad) if plan.relu else grad
-    else:
-        shortcut = {Join.PROJECTION: units[-1], Join.IDENTITY: x, Join.NONE: None}[plan.join]
-        out = reference.residual(x, units[: plan.last + 1], shortcut, plan.relu)
-        masked = grad
+        if plan.join is Join.TENSOR:
+            out = reference.residual(x, units, None, relu=False)
+        else:
+            shortcut = {Join.PROJECTION: units[-1], Join.IDENTITY: x, Join.NONE: None}[plan.join]
+            out = reference.residual(x, units[: plan.last + 1], shortcut, plan.relu)
+    masked = grad
+    if plan.join is Join.TENSOR and plan.relu:
+        masked = torch.where(z <= 0, torch.zeros_like(grad), grad)
     inputs = [None, x, None, *(t for p in parameters for t in (*p, None, None, None))]
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-    found = (
-        torch.autograd.grad(out, [inputs[i] for i in wanted], masked, create_graph=True, allow_unused=True)
-        if wanted
-        else ()
-    )
+    found = ()
+    if wanted:
+        found = torch.autograd.grad(out, [inputs[i] for i in wanted], masked, create_graph=again, allow_unused=True)
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for i, g in zip(wanted, found, strict=True):
         result[i] = g
@@ -471,28 +105,16 @@ def residual(
     cast_weights: bool,
 ) -> Tensor:
     """Run a block through the fused Function; arguments as in :func:`resnet_fused.functional.residual`."""
-    if shortcut is None:
-        join = Join.NONE
-    elif isinstance(shortcut, Unit):
-        join = Join.PROJECTION
-    else:
-        join = Join.IDENTITY if shortcut is x else Join.TENSOR
+    join = Join.of(x, shortcut)
     chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
     if not any(u.norm is not None and u.norm.batch_statistics for u in chain):
         given = (x, shortcut) if join is Join.TENSOR else (x,)
         given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *(u.norm or ())[:2]))
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
             return inference.residual(x, units, shortcut, relu)
-    # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
-    # gradient as it comes, which is the library's business.
-    native = (
-        [
-            u.conv is not None and (u.norm is not None or use is Use.FPROP) and inference.runs_native(x, u.conv, use)
-            for use in (Use.BACKWARD, Use.FPROP)
-        ]
-        for u in chain
-    )
-    plans, tensors = zip(*(_split(u, *n) for u, n in zip(chain, native, strict=True)), strict=True)
-    plan = _Plan(plans, join, relu, memory == "minimal", cast_weights)
     external = shortcut if join is Join.TENSOR else None
-    return _Block.apply(plan, x, external, *(t for unit in tensors for t in unit))
+    minimal = memory == "minimal"
+    if torch.compiler.is_compiling():
+        return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)
+    plan, tensors = block.choose(x, chain, join, relu, minimal, cast_weights)
+    return _Block.apply(plan, x, external, *tensors)

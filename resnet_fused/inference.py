@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import ops
+from resnet_fused import opaque, ops
 from resnet_fused.choice import Use, native_is_faster
 from resnet_fused.engine import current_engine
-from resnet_fused.units import Conv, Norm, Unit, is_channels_last
+from resnet_fused.units import Conv, Join, Norm, Unit, is_channels_last
 
 
 def runs_native(x: Tensor, conv: Conv, use: Use) -> bool:
@@ -39,6 +39,8 @@ def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, r
         units: their ``norm`` may be None where the convolution is all there is.
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
     """
+    if torch.compiler.is_compiling():
+        return _compiled(x, units, shortcut, relu)
     contiguous = _copies_layout(x, units)
     identity = shortcut is x
     if contiguous:
@@ -119,3 +121,44 @@ def _affine(norm: Norm | None, weight: Tensor, bias: Tensor | None, dtype: torch
     if bias is not None:
         table[3] += table[2] * bias
     return table
+
+
+def _compiled(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool) -> Tensor:
+    """:func:`residual` as one operator."""
+    join = Join.of(x, shortcut)
+    chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
+    external = shortcut if join is Join.TENSOR else None
+    return _block_inference(
+        x, external, opaque.tensors_of(chain), *opaque.describe(chain), current_engine(), join.value, relu
+    )
+
+
+def _take_apart(
+    x: Tensor, shortcut: Tensor | None, chain: list[Unit], join: Join
+) -> tuple[list[Unit], Tensor | Unit | None]:
+    """The units and the shortcut of :func:`residual`."""
+    if join is Join.PROJECTION:
+        return chain[:-1], chain[-1]
+    return chain, x if join is Join.IDENTITY else shortcut
+
+
+@opaque.operator("block_inference", "Tensor x, Tensor? shortcut, Tensor?[] tensors", "Tensor")
+def _block_inference(x, shortcut, tensors, sizes, numbers, engine, join, relu):
+    units, joined = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers), Join(join))
+    z = residual(x, units, joined, relu)
+    return opaque.conform(z, _layout(x, units))
+
+
+@_block_inference.register_fake
+def _(x, shortcut, tensors, sizes, numbers, engine, join, relu):
+    units, _ = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers), Join(join))
+    *_, (shape, _) = opaque.outputs(x, units, Join.NONE)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x, units))
+
+
+def _layout(x: Tensor, units: Sequence[Unit]) -> torch.memory_format:
+    """Of a block's output."""
+    if _copies_layout(x, units):
+        return torch.contiguous_format
+    *_, (_, layout) = opaque.outputs(x, units, Join.NONE)
+    return layout

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""The pieces a residual block is made of, as plain data: :class:`Conv`, :class:`Norm`, :class:`Unit`."""
+"""The pieces a residual block is made of, as plain data: :class:`Conv`, :class:`Norm`, :class:`Unit`,
+:class:`Join`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -75,3 +77,21 @@ class Unit(NamedTuple):
 
     conv: Conv | None
     norm: Norm | None
+
+
+class Join(Enum):
+    """What is added to the last unit's output."""
+
+    NONE = 0
+    IDENTITY = 1  # the block's input
+    TENSOR = 2  # a tensor from elsewhere
+    PROJECTION = 3  # a unit applied to the block's input
+
+    @staticmethod
+    def of(x: Tensor, shortcut: Tensor | Unit | None) -> Join:
+        """How ``shortcut`` joins a block on ``x``."""
+        if shortcut is None:
+            return Join.NONE
+        if isinstance(shortcut, Unit):
+            return Join.PROJECTION
+        return Join.IDENTITY if shortcut is x else Join.TENSOR

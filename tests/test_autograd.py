@@ -90,6 +90,64 @@ def test_second_derivatives(device, name, mode):
     assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
 
 
+# Of each join, and a chain that begins with a batch norm.
+BATCHED = ("conv_bn_relu", "bn_relu", "basic_identity", "basic_projection", "basic_arbitrary", "resblk_no_relu")
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_of_gradients(device, name, mode):
+    block = make(name, mode, device)
+    x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
+    inputs = (x, *block.parameters())
+    z = block(x)
+    assert is_fused(z)
+    vectors = torch.randn(3, *z.shape, dtype=torch.float64, device=device)
+    batched = torch.autograd.grad(z, inputs, vectors, is_grads_batched=True, retain_graph=True)
+    assert not any(g.requires_grad for g in batched)
+    single = [torch.autograd.grad(z, inputs, v, retain_graph=True) for v in vectors]
+    for found, *expected in zip(batched, *single, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("name", BATCHED)
+def test_vectorised_jacobian(name, twice):
+    block = make(name, "train")
+    x = torch.randn(2, IN, 2, 2, dtype=torch.float64)
+    function = torch.autograd.functional.hessian if twice else torch.autograd.functional.jacobian
+
+    def run(x):
+        return block(x).square().sum() if twice else block(x)
+
+    found = function(run, x, vectorize=True)
+    with rf.engine("reference"):
+        torch.testing.assert_close(found, function(run, x))
+
+
+def test_gradient_of_each_sample():
+    block = make("basic_identity", "eval")
+    x = torch.randn(3, 1, IN, 4, 4, dtype=torch.float64)
+
+    def loss(x):
+        return block(x).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(found, torch.stack([torch.autograd.functional.jacobian(loss, v) for v in x]))
+
+
+def test_tensors_that_depend_on_each_other(device):
+    """One weight in two units, and a batch norm's that is made of the input: create_graph=True changes nothing."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, device=device, requires_grad=True)
+    w = torch.randn(4, 4, 3, 3, dtype=torch.float64, device=device, requires_grad=True)
+    norm = Norm(x.mean((0, 2, 3)) + 1, None)
+    unit = Unit(Conv(w, padding=(1, 1)), norm)
+    loss = functional.residual(x, [unit, unit], x).square().sum()
+    expected = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    for found, e in zip(torch.autograd.grad(loss, (x, w), create_graph=True), expected, strict=True):
+        torch.testing.assert_close(found.detach(), e)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 def test_shortcut_from_elsewhere(device, relu):
     shapes = (2, 3, 4, 5), (2, 3, 4, 5), (3, 3, 3, 3), (3,), (3,)

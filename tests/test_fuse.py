@@ -15,7 +15,6 @@ from user_models import OWN_BLOCKS, LectureNet, assert_same_results, classes, fu
 
 import resnet_fused as rf
 
-
 TWO = "conv+bn+relu conv+bn"
 RUNS = {
     "lecture, identity": [f"{TWO} +identity+relu"],

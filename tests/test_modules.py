@@ -198,23 +198,6 @@ def test_training_is_repeatable(device, dtype):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_compile_without_graph_breaks(grad):
-    fused, _ = pair("BasicBlock", 8, 12, 2, downsample(8, 12, 2))
-    expected = copy.deepcopy(fused)
-    x = torch.randn(2, 8, 8, 8).to(memory_format=torch.channels_last)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(grad):
-        z, e = compiled(x), expected(x)
-    torch.testing.assert_close(z, e)
-    if grad:
-        z.sum().backward(), e.sum().backward()
-        for a, b in zip(fused.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
-    for a, b in zip(fused.buffers(), expected.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_functional_transforms_run_composed():
     fused, eager = (m.eval() for m in pair("BasicBlock", 8, 8))
     x = torch.randn(3, 2, 8, 6, 6)

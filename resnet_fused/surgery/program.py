@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from resnet_fused.surgery.execution import run_block
 from resnet_fused.surgery.layers import normalises_and_activates
 from resnet_fused.surgery.recording import record
-from resnet_fused.surgery.runs import Finder, Join, Run
+from resnet_fused.surgery.runs import Finder, Run
+from resnet_fused.units import Join
 
 _numbers = itertools.count()
 

@@ -30,19 +30,11 @@ from resnet_fused.surgery.layers import (
     norm_reason,
     normalises_and_activates,
 )
+from resnet_fused.units import Join
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _OVERWRITES_FIRST = (operator.iadd, "add_")
-
-
-class Join(Enum):
-    """What a run adds to its last unit's output."""
-
-    NONE = "none"
-    IDENTITY = "identity"
-    TENSOR = "tensor"
-    PROJECTION = "projection"
 
 
 class Pair(NamedTuple):

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""A whole residual block as two plain functions of tensors: what is kept, what is recomputed, the order of kernels.
+
+A block is a chain of units (one: ConvBNAct, two: BasicBlock, three: Bottleneck) and a join. Kept for backward are the
+block's input, the raw convolution outputs and the per-channel coefficients; the activations between the convolutions
+are recomputed from them, and the ReLUs' masks too.
+
+Each convolution is the library's, with one-pass kernels around it, or native: then the batch norm and ReLU in front of
+it, and in backward the batch norm behind it, are applied while it reads its operands, and neither the activation nor
+the gradient in between exists in memory. Both kinds mix within a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import inference, ops
+from resnet_fused.choice import Use
+from resnet_fused.opaque import LEARNT_PER_UNIT, TENSORS_PER_UNIT
+from resnet_fused.units import Conv, Join, Norm, Unit
+
+
+class UnitPlan(NamedTuple):
+    """A unit without its tensors."""
+
+    convolves: bool
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    batch_statistics: bool
+    momentum: float | None
+    eps: float
+    native: bool  # dgrad and wgrad
+    native_fprop: bool
+    normalises: bool  # False: a convolution alone, the last of its chain
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], ...]:
+        """Of a native convolution."""
+        return self.stride, self.padding, self.dilation
+
+
+class Plan(NamedTuple):
+    """A block without its tensors. ``units`` ends with the projection's if the join has one."""
+
+    units: tuple[UnitPlan, ...]
+    join: Join
+    relu: bool
+    minimal: bool
+    cast_weights: bool  # autocast: parameters follow the input's dtype
+
+    @property
+    def last(self) -> int:
+        return len(self.units) - (2 if self.join is Join.PROJECTION else 1)
+
+    @property
+    def projection(self) -> int:
+        return len(self.units) - 1
+
+    def weight(self, i: int, x: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Unit i's weight as its convolution takes it: some native ones cast it while they read it."""
+        if weight is None or not self.cast_weights:
+            return weight
+        if self.units[i].native_fprop and ops.casts_weight(x, weight):
+            return weight
+        return weight.to(x.dtype)
+
+    @property
+    def ends_in_convolution(self) -> bool:
+        return ends_in_convolution(self.units[self.last].normalises, self.join, self.relu)
+
+    def reads_input(self, i: int) -> bool:
+        """Whether unit i reads the block's input rather than the unit before it."""
+        return i == 0 or (self.join is Join.PROJECTION and i == self.projection)
+
+
+def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[UnitPlan, tuple[Tensor | None, ...]]:
+    conv, norm = u
+    c = conv if conv is not None else Conv(None)
+    n = norm if norm is not None else _NO_NORM
+    plan = UnitPlan(
+        conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
+    )
+    return plan, (c.weight, c.bias, *n[:5])
+
+
+_NO_NORM = Norm(None, None, batch_statistics=False)
+
+
+# What a unit reads: a tensor, or with coefficients the activation relu(scale*tensor + shift).
+_Source = tuple[Tensor, Tensor | None]
+
+
+def _activation(source: _Source) -> Tensor:
+    tensor, coefficients = source
+    return tensor if coefficients is None else ops.bn_apply(tensor, coefficients, relu=True)
+
+
+def _convolve(
+    plan: UnitPlan, source: _Source, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution's output and, if it leaves them, the output's statistics."""
+    if plan.native_fprop:
+        return ops.conv_fprop(*source, weight, None if bias is None else bias.float(), *plan.geometry)
+    x = _activation(source)
+    if not plan.convolves:
+        return x, None
+    bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+    return ops.convolution(x, weight, bias, *plan[1:5]), None
+
+
+def _normalise(plan: UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[Tensor | None]) -> Tensor:
+    weight, bias, running_mean, running_var, num_batches_tracked = norm
+    if not plan.normalises:
+        table = y.new_zeros((4, y.shape[1]), dtype=ops.acc_dtype(y.dtype))
+        table[1:3] = 1
+        return table
+    if not plan.batch_statistics:
+        return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
+    if y.numel() == y.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
+    statistics = statistics if statistics is not None else ops.bn_statistics(y)
+    return ops.bn_finalize(
+        statistics, weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
+    )
+
+
+class _Gradient(NamedTuple):
+    """The gradient of a convolution's output y: ``a*g + b*y + c`` with ``g``, ``grad`` behind the mask of a ReLU.
+
+    The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself. ``own``:
+    the memory of ``grad`` is ours to write over.
+    """
+
+    grad: Tensor
+    y: Tensor
+    coefficients: Tensor
+    backward_coefficients: Tensor
+    batch_statistics: bool
+    relu: bool = False
+    shortcut: Tensor | None = None
+    z: Tensor | None = None
+    own: bool = False
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For a native convolution, which puts the parts together itself."""
+        assert not self.relu
+        return self.grad, self.y, self.backward_coefficients
+
+    def tensor(self) -> Tensor:
+        """For the library's convolution."""
+        arguments = (self.y, self.coefficients, self.backward_coefficients, self.shortcut, self.z)
+        # Written over where it may be, so that no memory is touched for the first time.
+        apply = ops.bn_backward_apply_ if self.own else ops.bn_backward_apply
+        return apply(self.grad, *arguments, self.relu, self.batch_statistics)
+
+
+class Kept(NamedTuple):
+    """What backward reads beside the input and the parameters; one entry per unit."""
+
+    outputs: list[Tensor | None]  # of the convolutions; None: the block's input, or to be computed again
+    coefficients: list[Tensor]
+    weights: list[Tensor | None]  # that were cast
+
+
+def per_unit(entries: Sequence) -> list[Sequence]:
+    """What is learnt, or stands for it, by unit."""
+    return [entries[i : i + LEARNT_PER_UNIT] for i in range(0, len(entries), LEARNT_PER_UNIT)]
+
+
+def ends_in_convolution(normalises: bool, join: Join, relu: bool) -> bool:
+    """Whether a block's output is a convolution's, plus perhaps a shortcut: backward does not need its value then.
+
+    ``normalises``: whether the last unit has a batch norm.
+    """
+    return not (normalises or relu or join is Join.PROJECTION)
+
+
+def keeps_output(i: int, convolves: bool, units: int, join: Join, minimal: bool, needed: bool) -> bool:
+    """Whether unit ``i`` of ``units``, the projection's included, has its convolution's output kept for backward.
+
+    ``needed``: whether the block does not end in a convolution.
+    """
+    # The join's inputs come back from one convolution each.
+    joined = units - 2 if join is Join.PROJECTION else units - 1
+    return convolves and not ((minimal or not needed) and i >= joined)
+
+
+def forward(
+    plan: Plan, x: Tensor, shortcut: Tensor | None, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, Kept]:
+    """The block's output. ``tensors``: seven per unit in the order of :class:`Conv` and :class:`Norm`."""
+    units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
+    weights = [plan.weight(i, x, u[0]) for i, u in enumerate(units)]
+    outputs, coefficients = [], []
+    for i, (unit, tensor) in enumerate(zip(plan.units, units, strict=True)):
+        source = (x, None) if plan.reads_input(i) else (outputs[-1], coefficients[-1])
+        y, statistics = _convolve(unit, source, weights[i], tensor[1])
+        outputs.append(y)
+        coefficients.append(_normalise(unit, y, statistics, tensor[2:]))
+
+    last = plan.last
+    if plan.join is Join.PROJECTION:
+        join = (outputs[plan.projection], coefficients[plan.projection])
+    else:
+        join = (x if plan.join is Join.IDENTITY else shortcut, None)
+    if plan.ends_in_convolution and plan.join is Join.NONE:
+        z = outputs[last]
+    else:
+        z = ops.bn_apply(outputs[last], coefficients[last], *join, plan.relu)
+
+    kept = [
+        y if keeps_output(i, u.convolves, len(units), plan.join, plan.minimal, not plan.ends_in_convolution) else None
+        for i, (u, y) in enumerate(zip(plan.units, outputs, strict=True))
+    ]
+    # With minimal memory weights are cast again.
+    cast = [None if plan.minimal or w is u[0] else w for w, u in zip(weights, units, strict=True)]
+    return z, Kept(kept, coefficients, cast)
+
+
+def backward(
+    plan: Plan,
+    needs: Sequence[bool],
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    kept: Kept,
+    parameters: Sequence[Sequence[Tensor | None]],
+) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
+    """The gradients with respect to the input, the shortcut and each unit's parameters.
+
+    Args:
+        needs: which of them: the input's, the shortcut's, four per unit.
+        z: the block's output, for its ReLU's mask, where a shortcut from elsewhere was added, which is not kept.
+        parameters: four per unit: the convolution's weight and bias, the batch norm's weight and bias.
+    """
+    count = len(plan.units)
+    outputs, coefficients = list(kept.outputs), kept.coefficients
+    if not plan.units[0].convolves:
+        outputs[0] = x  # only the first unit may come without a convolution
+    need_x, need_shortcut, *needed = needs
+    needs = per_unit(needed)
+    weights = [
+        w if w is not None else plan.weight(i, x, p[0])
+        for i, (w, p) in enumerate(zip(kept.weights, parameters, strict=True))
+    ]
+    grads: list[list[Tensor | None]] = [[None] * LEARNT_PER_UNIT for _ in range(count)]
+    last, projection = plan.last, plan.projection
+
+    def source(i: int) -> _Source:
+        return (x, None) if plan.reads_input(i) else (outputs[i - 1], coefficients[i - 1])
+
+    def operand(i: int) -> Tensor:
+        """What a library convolution read, or where only its shape matters a tensor of the same."""
+        return _activation(source(i)) if needs[i][0] else source(i)[0]
+
+    def needs_sums(i: int) -> bool:
+        return plan.units[i].batch_statistics or any(needs[i][1:])
+
+    def norm_backward(i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
+        """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
+        statistics = plan.units[i].batch_statistics
+        if sums is None:  # a frozen one that nothing of is to be learnt: dy = scale*g
+            b = coefficients[i].new_zeros((5, coefficients[i].shape[1]))
+            b[2] = coefficients[i][2]
+            return b
+        b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
+        _, bias, gamma, beta = parameters[i]
+        if needs[i][2]:
+            grads[i][2] = b[0].to(gamma.dtype)
+        if needs[i][3]:
+            grads[i][3] = b[1].to(beta.dtype)
+        if needs[i][1]:
+            # Under batch statistics a bias shifts the mean and nothing else.
+            grads[i][1] = torch.zeros_like(bias) if statistics else (b[2] * b[1]).to(bias.dtype)
+        return b
+
+    def library_backward(i: int, grad_y: Tensor, a: Tensor, need_input: bool) -> Tensor | None:
+        unit = plan.units[i]
+        if not unit.convolves:
+            return grad_y
+        grad_a, grad_weight = ops.convolution_backward(
+            grad_y, a, weights[i], *unit[1:5], need_input, needs[i][0]
+        )
+        if grad_weight is not None:
+            grads[i][0] = grad_weight.to(parameters[i][0].dtype)
+        return grad_a
+
+    def native_backward(
+        i: int, gradient: _Gradient, need_input: bool, addend: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of what the unit reads, behind the ReLU in front of it, and its sums if there is one."""
+        unit, weight = plan.units[i], weights[i]
+        tensor, table = source(i)
+        if needs[i][0]:
+            dtype = torch.float32 if parameters[i][0].dtype == torch.float32 else weight.dtype
+            found = ops.conv_wgrad(
+                *gradient.parts(), tensor, table, tuple(weight.shape[2:]), *unit.geometry, dtype
+            )
+            grads[i][0] = found.to(parameters[i][0].dtype)
+        if not need_input:
+            return None, None
+        masked_by = (None, None) if table is None else (tensor, table)
+        dx, sums = ops.conv_dgrad(
+            *gradient.parts(), weight, tuple(tensor.shape[2:]), *unit.geometry, addend, *masked_by
+        )
+        return dx, None if table is None else sums
+
+    # The join.
+    a = None if plan.units[last].native or not needs[last][0] else _activation(source(last))
+    y = grad if plan.ends_in_convolution else outputs[last]
+    if y is None:
+        read = source(last) if a is None else (a, None)
+        y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
+    grad_shortcut = grad_x = None
+    if plan.join is Join.PROJECTION:
+        s = outputs[projection]
+        if s is None:
+            s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
+        some_native = plan.units[last].native or plan.units[projection].native
+        masked = sums = None
+        if some_native or needs_sums(last) or needs_sums(projection):
+            masked, sums = ops.bn_backward_reduce(
+                grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
+            )
+        g = masked if plan.relu else grad
+        b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
+        if some_native:
+            gradient = _Gradient(g, y, coefficients[last], b, plan.units[last].batch_statistics)
+            of_shortcut = _Gradient(
+                g, s, coefficients[projection], b_shortcut, plan.units[projection].batch_statistics
+            )
+            if plan.units[projection].native:
+                grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
+            else:
+                grad_x = library_backward(projection, of_shortcut.tensor(), x, need_x)
+        else:
+            gradient, grad_s = ops.bn_backward_apply_pair(
+                grad,
+                y,
+                coefficients[last],
+                b,
+                s,
+                coefficients[projection],
+                b_shortcut,
+                plan.relu,
+                plan.units[last].batch_statistics,
+                plan.units[projection].batch_statistics,
+            )
+            grad_x = library_backward(projection, grad_s, x, need_x)
+            del grad_s
+        del s
+    else:
+        identity = plan.join is Join.IDENTITY
+        s = x if identity and plan.relu else None
+        # A native convolution takes the masked gradient, and the identity's is added by the first one.
+        write = plan.relu and (
+            need_shortcut or plan.units[last].native or (identity and need_x and plan.units[0].native)
+        )
+        masked = sums = None
+        if write or needs_sums(last):
+            masked, sums = ops.bn_backward_reduce(
+                grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
+            )
+        g = masked if plan.relu else grad
+        grad_shortcut = g if need_shortcut else None
+        if identity and need_x and (write or not plan.relu):
+            grad_x = g
+        b = norm_backward(last, sums, 0, y)
+        statistics = plan.units[last].batch_statistics
+        if plan.ends_in_convolution:
+            gradient = grad
+        elif plan.units[last].native:
+            gradient = _Gradient(g, y, coefficients[last], b, statistics)
+        else:
+            gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
+
+    # The chain. `gradient` is that of unit i's output: in parts, or a tensor.
+    grad_a = None
+    for i in range(last, -1, -1):
+        need_input = need_x or any(any(n) for n in needs[:i])
+        sums = None
+        if plan.units[i].native:
+            addend = None
+            if i == 0 and need_x:
+                addend, grad_x = grad_x, None
+            grad_a, sums = native_backward(i, gradient, need_input, addend)
+        else:
+            if isinstance(gradient, _Gradient):
+                gradient = gradient.tensor()
+            a = a if a is not None else operand(i)
+            grad_a = library_backward(i, gradient, a, need_input)
+        gradient = a = None  # freed before the next allocation
+        if i == 0 or not need_input:
+            break
+        unit, below = plan.units[i - 1], outputs[i - 1]
+        masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
+        if not masked:
+            if not unit.native:
+                a = operand(i - 1)
+                grad_a = ops.dense(grad_a)
+            # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
+            written = None
+            if unit.native or needs_sums(i - 1):
+                written, sums = ops.bn_backward_reduce(
+                    grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
+                )
+            masked = unit.native
+            grad_a = written if masked else grad_a
+        b = norm_backward(i - 1, sums, 0, below)
+        gradient = _Gradient(
+            grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not masked, own=True
+        )
+    if not need_x:
+        grad_a = None
+    elif plan.units[0].native:
+        pass  # the shortcut's gradient was added
+    elif plan.join is Join.PROJECTION:
+        grad_a = grad_x.add_(grad_a)
+    elif plan.join is Join.IDENTITY:
+        grad_a = ops.dense(grad_a)
+        if grad_x is not None:
+            grad_a.add_(grad_x)
+        else:
+            ops.relu_backward_add_(grad_a, grad, y, coefficients[last], x)
+    return grad_a, grad_shortcut, grads
+
+
+def choose(
+    x: Tensor, chain: Sequence[Unit], join: Join, relu: bool, minimal: bool, cast_weights: bool
+) -> tuple[Plan, list[Tensor | None]]:
+    """The plan of ``chain``, units and projection, on ``x`` under the engine in force, and its tensors."""
+    units, tensors = [], []
+    for u in chain:
+        # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
+        # gradient as it comes, which is the library's business.
+        native = (
+            u.conv is not None and (u.norm is not None or use is Use.FPROP) and inference.runs_native(x, u.conv, use)
+            for use in (Use.BACKWARD, Use.FPROP)
+        )
+        plan, own = _split(u, *native)
+        units.append(plan)
+        tensors += own
+    return Plan(tuple(units), join, relu, minimal, cast_weights), tensors
