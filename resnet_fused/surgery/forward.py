@@ -45,7 +45,7 @@ class FusedForward:
         self.active = True
         self._programs: dict[tuple, list[Program | Left]] = {}
         self._count = 0
-        self._for_compiler: dict[bool, Program | None] = {}
+        self._for_compiler: dict[tuple, Program | None] = {}
 
     # Calls -----------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class FusedForward:
             return self._call_compiling(module, args, kwargs)
         if self.active and is_ordinary():
             if len(args) == 1 and not kwargs and is_tensor(args[0]):
-                program, tensors = self._program(module, _ONE_TENSOR, _ONE_TENSOR), args
+                program, tensors = self._program(module, None, _ONE_TENSOR), args
             else:
                 program, tensors = self._program_for(module, args, kwargs)
             if program is not None:
@@ -65,19 +65,24 @@ class FusedForward:
         return type(module).forward(module, *args, **kwargs)
 
     def _call_compiling(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        tensors = (*args, *kwargs.values())
         # Exported programs run anywhere, without this package.
-        if not torch.compiler.is_exporting() and self.active and len(args) == 1 and not kwargs:
-            if isinstance(args[0], Tensor) and self._is_ready_for_compiler(module.training):
-                program = self._for_compiler[module.training]
+        if self.active and not torch.compiler.is_exporting() and all(isinstance(t, Tensor) for t in tensors):
+            call = (module.training, len(args), tuple(kwargs))
+            if self._is_ready_for_compiler(*call):
+                program = self._for_compiler[call]
                 if program.guards.hold_for_compiler(module):
-                    return program(module, args)
+                    return program(module, tensors)
         return type(module).forward(module, *args, **kwargs)
 
     @torch.compiler.assume_constant_result
-    def _is_ready_for_compiler(self, training: bool) -> bool:
+    def _is_ready_for_compiler(self, training: bool, count: int, keywords: tuple[str, ...]) -> bool:
         """Finds the program at the time of compilation; torch.compile need not look into how."""
-        program = self._program(self._module(), _ONE_TENSOR, _ONE_TENSOR) if is_ordinary() else None
-        self._for_compiler[training] = program
+        program = None
+        if is_ordinary():
+            pattern = ((TENSOR,) * count, dict.fromkeys(keywords, TENSOR))
+            program = self._program(self._module(), *_keyed(pattern))
+        self._for_compiler[training, count, keywords] = program
         return program is not None
 
     def _program_for(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -86,15 +91,11 @@ class FusedForward:
         tensors = [leaf for leaf in leaves if is_tensor(leaf)]
         if any(not is_tensor(leaf) and type(leaf) not in _CONSTANTS for leaf in leaves):
             return None, tensors
-        pattern = [TENSOR if is_tensor(leaf) else leaf for leaf in leaves]
-        key = (structure, tuple((type(leaf), leaf) for leaf in pattern))
-        return self._program(module, key, pytree.tree_unflatten(pattern, structure)), tensors
+        pattern = pytree.tree_unflatten([TENSOR if is_tensor(leaf) else leaf for leaf in leaves], structure)
+        return self._program(module, *_keyed(pattern)), tensors
 
     def _program(self, module: nn.Module, key: object, pattern: tuple) -> Program | None:
-        if pattern is _ONE_TENSOR:
-            key = None
-        kept = self._programs.get((key, module.training))
-        for program in kept or ():
+        for program in self._programs.get((key, module.training), ()):
             if isinstance(program, Left):
                 return None
             if program.guards.hold(module):
@@ -125,16 +126,11 @@ class FusedForward:
     def usual(self, training: bool) -> Program | Left:
         """The program for a call with one tensor for each parameter that has no default."""
         module = self._module()
-        pattern = _usual_pattern(module)
-        for program in self._programs.get((None, training), ()) if pattern is _ONE_TENSOR else ():
+        key, pattern = _keyed(_usual_pattern(module))
+        for program in self._programs.get((key, training), ()):
             if isinstance(program, Program) and program.guards.hold(module):
                 return program
-        if pattern is _ONE_TENSOR:
-            return self._record(module, None, pattern, training)
-        try:
-            return Program(module, pattern, training, self.memory)
-        except Left as reason:
-            return reason
+        return self._record(module, key, pattern, training)
 
     def passes_through(self) -> bool:
         """Whether whoever calls the module may take its layers for a part of the caller's own run."""
@@ -153,11 +149,14 @@ class FusedForward:
 
     @property
     def __wrapped__(self) -> Any:
-        return type(self._module()).forward.__get__(self._module())
+        """The method that would be here: for inspect, and for all else that looks at a forward rather than calls it."""
+        module = self._module()
+        return type(module).forward.__get__(module)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__wrapped__)
+    def __getattr__(self, name: str) -> Any:
+        if name == "_module":  # of an object in the making
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
 
     def __deepcopy__(self, memo: dict) -> FusedForward:
         return FusedForward(copy.deepcopy(self._module(), memo), self.memory, self.born_fused)
@@ -176,6 +175,14 @@ class FusedForward:
         for name in _ATTRIBUTES:
             replica.__dict__.pop(name, None)
         return replica
+
+
+def _keyed(pattern: tuple) -> tuple[object, tuple]:
+    """What programs for ``pattern`` are kept under, and the pattern; None for a single tensor."""
+    leaves, structure = pytree.tree_flatten(pattern)
+    if pattern == _ONE_TENSOR:
+        return None, pattern
+    return (structure, tuple((type(leaf), leaf) for leaf in leaves)), pattern
 
 
 def _usual_pattern(module: nn.Module) -> tuple:
