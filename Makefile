@@ -24,6 +24,8 @@ TORCH := torch>=2.11,<2.16
 PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pybind11 matplotlib scikit-learn
 # Other software that benchmarks can race against.
 PEERS := onnx onnxscript onnxruntime openvino
+# Tests that want these are skipped, and say so, where they cannot be had.
+WANTED := timm onnx onnxscript onnxruntime
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)
@@ -153,6 +155,7 @@ $(INSTALLED): Makefile | preflight $(VENV_PY)
 	@$(PY) -c 'import importlib.metadata as m; [print("torch==" + d.version) for d in m.distributions(name="torch")]' \
 	  >$(CONSTRAINTS)
 	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PACKAGES)
+	-$(PY) -m pip install --constraint $(CONSTRAINTS) $(WANTED)
 	@touch $@
 
 # One environment's build at a time: the extension lies in resnet_fused/, whoever built it. The stamp bears the

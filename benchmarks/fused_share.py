@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from resnet_fused.recognise import frozen_batch_norm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused.autograd import _Block
+from resnet_fused.surgery.layers import frozen_batch_norm
 
 # What may stand between a batch norm and the convolution behind it, without the underscore of those in place.
 ACTIVATIONS = {

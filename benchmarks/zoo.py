@@ -18,18 +18,18 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
-from resnet_fused.recognise import frozen_batch_norm
 from torch import Tensor, nn
 
 import resnet_fused
 from benchmarks import report
 from benchmarks.fused_share import Share, is_norm, share, tensors_of
 from resnet_fused import testing
+from resnet_fused.surgery.layers import frozen_batch_norm
 
 # In the last stage 36 values per channel: few of them amplify rounding without bound, in eager as well.
 BATCH = 4  # images
 SIZE = 96  # pixels
-DRAWS = 5  # inputs, at most
+DRAWS = 10  # inputs, at most
 MODES = ("training", "inference")
 
 

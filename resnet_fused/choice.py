@@ -27,6 +27,7 @@ the training passes anew.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from enum import Enum
 
@@ -50,6 +51,7 @@ FEW_PIXELS_FLOAT = 3136
 FEWEST_TILES = 32  # of 2x2 outputs that pay for reading Winograd's 16 values per weight
 
 
+@functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
 def native_is_faster(
     use: Use,
     dtype: torch.dtype,

@@ -26,9 +26,9 @@ def runs_native(x: Tensor, conv: Conv, use: Use) -> bool:
         # On a GPU nobody has measured the native convolutions yet.
         if engine != "auto" or x.device.type != "cpu":
             return False
-        if not native_is_faster(use, x.dtype, x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation):
+        if not native_is_faster(use, x.dtype, x.shape, conv.weight.shape, *conv[2:5]):
             return False
-    return ops.native_reason(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups) is None
+    return ops.native_reason(x, conv.weight, *conv[2:6]) is None
 
 
 def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool) -> Tensor:

@@ -18,6 +18,7 @@ the argument. Results are the same bits from run to run and for any number of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -356,10 +357,8 @@ def native_reason(
     groups: int,
 ) -> str | None:
     """Why the native convolutions do not take ``weight`` ``[K, C, R, S]`` on inputs like ``x``; None if they do."""
-    channels = (weight.shape[1], weight.shape[0])
     if reason := native_device_reason(x.device):
         return reason
-    multiple, most, taps, steps, pixels = _NATIVE_LIMITS[x.device.type]
     if x.dtype not in _NATIVE_DTYPES:
         return f"dtype {x.dtype}; native are bfloat16, float16 and float32 (on a GPU as TF32)"
     if x.device.type == "cpu":
@@ -369,19 +368,34 @@ def native_reason(
         return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
+    return _native_shape_reason(_NATIVE_LIMITS[x.device.type], x.shape, weight.shape, stride, padding, dilation, groups)
+
+
+@functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
+def _native_shape_reason(
+    limits: tuple[int, int, int, int, int],
+    shape: torch.Size,
+    filter: torch.Size,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> str | None:
+    multiple, most, taps, steps, pixels = limits
+    channels = (filter[1], filter[0])
     if groups != 1:
         return f"groups={groups}"
     if any(c % multiple or c > most for c in channels):
         return f"channels {channels}; native are multiples of {multiple} up to {most}"
-    if max(weight.shape[2:]) > taps:
-        return f"a filter of {tuple(weight.shape[2:])}; native are up to {taps} taps"
+    if max(filter[2:]) > taps:
+        return f"a filter of {tuple(filter[2:])}; native are up to {taps} taps"
     if max(stride) > steps:
         return f"stride={tuple(stride)}; native are up to {steps}"
     if min(padding) < 0:
         return f"padding={tuple(padding)}"
-    planes = (x.shape[2:], output_plane(x.shape[2:], weight.shape[2:], stride, padding, dilation))
-    if any(x.shape[0] * height * width > pixels for height, width in planes):
-        return f"input {tuple(x.shape)}; native are up to {pixels} pixels"
+    planes = (shape[2:], output_plane(shape[2:], filter[2:], stride, padding, dilation))
+    if any(shape[0] * height * width > pixels for height, width in planes):
+        return f"input {tuple(shape)}; native are up to {pixels} pixels"
     return None
 
 

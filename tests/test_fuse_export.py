@@ -51,9 +51,9 @@ def test_torchscript(make):
     expected = eager(x)
     try:
         torch.jit.script(eager)(x)
-    except Exception as error:  # a forward that TorchScript does not take, fused or not
+    except Exception as error:  # what TorchScript does not take, fused or not
         with pytest.raises(type(error)):
-            torch.jit.script(model)
+            torch.jit.script(model)(x)
         return
     for other in (model, nn.Sequential(model)):
         scripted = torch.jit.script(other)

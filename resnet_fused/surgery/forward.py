@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fused.surgery.context import is_ordinary, is_tensor
+from resnet_fused.surgery.layout import in_channels_last
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.recording import TENSOR, Left
 
@@ -58,6 +59,8 @@ class FusedForward:
         if self.active and is_ordinary():
             if len(args) == 1 and not kwargs and is_tensor(args[0]):
                 program, tensors = self._program(module, None, _ONE_TENSOR), args
+                if program is not None and program.rest:
+                    tensors = (in_channels_last(module, program, args[0]),)
             else:
                 program, tensors = self._program_for(module, args, kwargs)
             if program is not None:
@@ -124,7 +127,7 @@ class FusedForward:
     # What fuse asks --------------------------------------------------------------------------------------------
 
     def usual(self, training: bool) -> Program | Left:
-        """The program for a call with one tensor for each parameter that has no default."""
+        """The program for a call with a tensor for each parameter that has no default."""
         module = self._module()
         key, pattern = _keyed(_usual_pattern(module))
         for program in self._programs.get((key, training), ()):
@@ -192,10 +195,14 @@ def _usual_pattern(module: nn.Module) -> tuple:
         return _ONE_TENSOR
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.default is p.empty and p.kind in positional]
-    keywords = {p.name: TENSOR for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
-    if len(required) <= 1 and not keywords:
-        return _ONE_TENSOR
-    return tuple(TENSOR for _ in required), keywords
+    keywords = {p.name: _usual_argument(p) for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+    return tuple(map(_usual_argument, required)) or (TENSOR,), keywords
+
+
+def _usual_argument(parameter: inspect.Parameter) -> Any:
+    """A tensor, or two in a list where the annotation says list."""
+    annotation = str(parameter.annotation)
+    return [TENSOR, TENSOR] if annotation.startswith(("typing.List[", "List[", "list[")) else TENSOR
 
 
 def install(module: nn.Module, born_fused: bool = False) -> FusedForward:

@@ -90,6 +90,11 @@ class Program:
         self.calls = [RunCall(run, memory) for run in self.runs]
         members = {node for run in self.runs for node in run.nodes}
         rest = [n for n in graph.nodes if n not in members and n.op not in ("placeholder", "output")]
+        # The steps besides the runs, and the one that the result comes from, as (op, target).
+        self.rest = [(n.op, n.target) for n in rest]
+        results = next(n for n in graph.nodes if n.op == "output").args[0]
+        only = results[0] if len(results) == 1 else None
+        self.end = (only.op, only.target) if isinstance(only, fx.Node) else (None, None)
         # One run without a join and nothing besides: a part of whatever calls the module.
         self.is_one_unit = len(self.runs) == 1 and not rest and self.runs[0].join is Join.NONE
         self._function = self._compile(graph, type(module).__name__) if self.runs else None

@@ -10,6 +10,7 @@ stays in the twin.
 from __future__ import annotations
 
 import enum
+import gc
 import operator
 import random
 import sys
@@ -156,6 +157,7 @@ _TORCH = (
     "torch.ao.nn.",
     "torch.utils._contextlib",
     "torch.compiler",
+    "torch._dynamo.utils",  # whose weak references notice modules that a forward makes and drops
 )
 _OF_TORCH_ITSELF = ("_assert", "is_tensor")  # in torch/__init__.py
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
@@ -352,11 +354,15 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
         attributes = {name: dict(twin.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
         attributes["__dict__"] = dict(twin.__dict__)
         forward = type(module).forward
+        collects = gc.isenabled()
+        gc.disable()  # a collection would run others' code in the forward's midst
         sys.setprofile(recorder.watch)
         try:
             result = forward(twin, *args, **kwargs)
         finally:
             sys.setprofile(profile)
+            if collects:
+                gc.enable()
         results, result_structure = pytree.tree_flatten(result)
         for value in results:
             if not isinstance(value, fx.Proxy | int | float | str | bool | None):

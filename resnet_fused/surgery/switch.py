@@ -12,7 +12,7 @@ from torch import nn
 
 from resnet_fused.autograd import MEMORY_MODES
 from resnet_fused.surgery.forward import FusedForward, fused_forward, install, remove
-from resnet_fused.surgery.layers import PACKED, is_container, is_layer
+from resnet_fused.surgery.layers import PACKED, is_container, is_layer, is_sequence
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.recording import Left
 from resnet_fused.surgery.report import Entry, FuseReport, Share
@@ -142,12 +142,12 @@ def _report(
 
 
 def _own_layers(module: nn.Module) -> set[int]:
-    """Layers among the children, those in containers that are never called included."""
+    """Layers among the children, those in sequences and in containers that are never called included."""
     found: set[int] = set()
     for child in module.children():
         if is_layer(child):
             found.add(id(child))
-        elif is_container(child):
+        elif is_container(child) or (is_sequence(child) and any(map(is_layer, child))):
             found |= _own_layers(child)
     return found
 
