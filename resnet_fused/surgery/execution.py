@@ -24,9 +24,8 @@ def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether all are ordinary tensors on ``x``'s device. If not eager raises, or a subclass decides, or, for the
     counter of a batch norm, eager does not care."""
     device = x.device
-    compiling = torch.compiler.is_compiling()
     for t in tensors:
-        if t is not None and (t.device != device or not (compiling or type(t) in (Tensor, nn.Parameter))):
+        if t is not None and (t.device != device or type(t) not in (Tensor, nn.Parameter)):
             return False
     return True
 
@@ -56,7 +55,6 @@ def _unit(pair: Pair, dtype: torch.dtype, autocast: bool) -> Unit | None:
 
 def _normal(n: Norm, dtype: torch.dtype, channels: int | None) -> bool:
     """Whether a batch norm's state is such as ``nn.BatchNorm2d`` makes it."""
-    vectors = [t for t in n[:4] if t is not None]
     if (n.running_mean is None) != (n.running_var is None) or (n.weight is None) != (n.bias is None):
         return False
     if n.num_batches_tracked is None and n.batch_statistics and n.momentum is None and n.running_mean is not None:
@@ -65,10 +63,18 @@ def _normal(n: Norm, dtype: torch.dtype, channels: int | None) -> bool:
         return False
     if n.momentum is not None and (type(n.momentum) not in (float, int) or n.momentum < 0):
         return False
-    for v in vectors:
-        if v.dim() != 1 or v.dtype != vectors[0].dtype or (channels is not None and v.shape[0] != channels):
-            return False
-    return not vectors or vectors[0].dtype == dtype or (dtype in _16_BITS and vectors[0].dtype == torch.float32)
+    first = None
+    for v in n[:4]:
+        if v is not None:
+            if first is None:
+                first = v
+            elif v.dtype != first.dtype or v.shape != first.shape:
+                return False
+    if first is None:
+        return True
+    if first.dim() != 1 or (channels is not None and first.shape[0] != channels):
+        return False
+    return first.dtype == dtype or (dtype in _16_BITS and first.dtype == torch.float32)
 
 
 def _differentiates(tensors: Iterable[Tensor | None]) -> bool:

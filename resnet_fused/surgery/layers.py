@@ -8,6 +8,7 @@ Everything else is called as it is, and is right without our knowing it.
 
 from __future__ import annotations
 
+import operator
 import sys
 from types import ModuleType
 
@@ -21,8 +22,9 @@ from resnet_fused.units import Conv, Norm
 # The attribute in which a folded convolution has its resnet_fused.snapshot.Packed.
 PACKED = "_packed"
 
-# What a call runs, on the instance before the class.
+# What a call runs, on the instance before the class; nn.Module's own on the class alone.
 CALLED = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward", "__call__", "__getattr__")
+_CALLED_INSTEAD = frozenset(CALLED[:5]) | {"_compiled_call_impl"}
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -33,13 +35,20 @@ def is_hooked(module: nn.Module) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or state.get("_compiled_call_impl")
+        or "_compiled_call_impl" in state
     )
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's own functions and nothing else."""
-    return not is_hooked(module) and module.__dict__.keys().isdisjoint(CALLED)
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or not state.keys().isdisjoint(_CALLED_INSTEAD)
+    )
 
 
 def any_global_hooks() -> bool:
@@ -56,27 +65,20 @@ def any_global_hooks() -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # Functions that fused execution stands in for, each with the place where a call finds it.
 
-_STOOD_IN_FOR: tuple[tuple[type | ModuleType, str], ...] = (
-    (nn.Module, "__call__"),
-    (nn.Module, "_call_impl"),
-    (nn.Module, "__getattr__"),
-    (nn.Conv2d, "forward"),
-    (nn.Conv2d, "_conv_forward"),
-    (nn.BatchNorm2d, "forward"),
-    (nn.BatchNorm2d, "_check_input_dim"),
-    (nn.ReLU, "forward"),
-    (nn.Identity, "forward"),
-    (nn.Sequential, "forward"),
-    (F, "conv2d"),
-    (F, "batch_norm"),
-    (F, "relu"),
-    (torch, "conv2d"),
-    (torch, "batch_norm"),
-    (torch, "relu"),
-    (torch, "relu_"),
-    (torch, "add"),
+_STOOD_IN_FOR: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
+    (nn.Module, ("__call__", "_call_impl", "__getattr__")),
+    (nn.Conv2d, ("forward", "_conv_forward")),
+    (nn.BatchNorm2d, ("forward", "_check_input_dim")),
+    (nn.ReLU, ("forward", "__call__")),
+    (nn.Identity, ("forward", "__call__")),
+    (nn.Sequential, ("forward", "__call__")),
+    (F, ("conv2d", "batch_norm", "relu")),
+    (torch, ("conv2d", "batch_norm", "relu", "relu_", "add")),
 )
-_GENUINE = tuple(getattr(owner, name) for owner, name in _STOOD_IN_FOR)
+# Looked up by one call per owner: this is asked in every call of a fused module.
+_GENUINE = [
+    (get, owner, get(owner)) for owner, names in _STOOD_IN_FOR for get in (operator.attrgetter(*names),)
+]
 
 
 def _is_torchs_own(function: object) -> bool:
@@ -86,13 +88,13 @@ def _is_torchs_own(function: object) -> bool:
 
 
 # False for good if somebody had patched torch before this package was imported.
-_UNPATCHED_AT_IMPORT = all(map(_is_torchs_own, _GENUINE))
+_UNPATCHED_AT_IMPORT = all(_is_torchs_own(f) for *_, functions in _GENUINE for f in functions)
 
 
 def torch_is_unpatched() -> bool:
     """Whether every function of torch's that fused execution stands in for is torch's own."""
-    for (owner, name), genuine in zip(_STOOD_IN_FOR, _GENUINE, strict=True):
-        if getattr(owner, name) is not genuine:
+    for get, owner, genuine in _GENUINE:
+        if get(owner) != genuine:
             return False
     return _UNPATCHED_AT_IMPORT
 
@@ -223,9 +225,8 @@ def conv_of(module: nn.Conv2d) -> Conv | None:
         return None  # eager takes numbers, too
     if module.padding_mode != "zeros":
         return None
-    packed = None if torch.compiler.is_compiling() else module.__dict__.get(PACKED)
     weight, bias = _tensors(module, module._parameters, "weight", "bias")
-    return Conv(weight, bias, stride, padding, dilation, module.groups, packed)
+    return Conv(weight, bias, stride, padding, dilation, module.groups, module.__dict__.get(PACKED))
 
 
 def _is_asymmetric(module: nn.Conv2d) -> bool:
