@@ -76,7 +76,7 @@ def is_fused(z):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients(device, name, mode, memory):
     block = make(name, mode, device)
-    block.memory = memory
+    rf.set_memory(block, memory)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
     assert is_fused(block(x))
     assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
@@ -310,3 +310,45 @@ def test_frozen_network_reduces_nothing_and_recomputes_no_activation(device, mon
     with rf.engine("reference"):
         (expected,) = torch.autograd.grad(block(x).square().sum(), x)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["default", "minimal"])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("join", ["none", "identity", "tensor", "projection"])
+def test_a_last_convolution_without_a_batch_norm(device, join, relu, memory):
+    torch.manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+
+    x, s = leaf(2, 3, 4, 4), leaf(2, 3, 4, 4)
+    front = Unit(None, Norm(leaf(3), leaf(3)))
+    middle = Unit(Conv(leaf(4, 3, 1, 1)), Norm(leaf(4), leaf(4)))
+    last = Unit(Conv(leaf(3, 4, 3, 3), leaf(3), padding=(1, 1)), None)
+    projection = Unit(Conv(leaf(3, 3, 1, 1)), Norm(leaf(3), leaf(3)))
+    shortcut = {"none": None, "identity": x, "tensor": s, "projection": projection}[join]
+    inputs = [x, s, *front.norm[:2], middle.conv.weight, *middle.norm[:2], *last.conv[:2], *projection.norm[:2]]
+
+    def block(*_):
+        return functional.residual(x, (front, middle, last), shortcut, relu, memory)
+
+    z = block()
+    assert is_fused(z)
+    torch.testing.assert_close(
+        z, functional.residual(x, (front, middle, last), shortcut, relu, engine="reference"), rtol=1e-10, atol=1e-10
+    )
+    used = [t for t in inputs if torch.autograd.grad(z.sum(), t, retain_graph=True, allow_unused=True)[0] is not None]
+    assert torch.autograd.gradcheck(block, used, fast_mode=simulated())
+    assert torch.autograd.gradgradcheck(block, used, fast_mode=True)
+    if not relu and join != "projection":
+        block().add_(1).sum().backward()  # as eager's: a convolution does not keep its output
+
+
+def test_what_may_come_without_a_batch_norm():
+    x, conv = torch.randn(1, 3, 4, 4), Conv(torch.randn(3, 3, 1, 1))
+    norm = Norm(None, None)
+    for units, i in (((Unit(conv, None),), 0), ((Unit(conv, None), Unit(conv, norm)), 0)):
+        with pytest.raises(ValueError, match=rf"units\[{i}\].norm: only the last of several units"):
+            functional.residual(x, units)
+    with pytest.raises(ValueError, match="shortcut.norm: expected a batch norm"):
+        functional.residual(x, (Unit(conv, norm),), Unit(conv, None))

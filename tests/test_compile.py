@@ -45,7 +45,7 @@ class Doubled(nn.Module):
 
 
 def minimal(block):
-    block.memory = "minimal"
+    rf.set_memory(block, "minimal")
     return block
 
 

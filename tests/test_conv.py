@@ -473,7 +473,7 @@ def test_blocks(device, name, training, dtype, memory):
     needs(device, dtype)
     channels, build = PAIRS[name]
     fused, eager = build()
-    fused.memory = memory
+    rf.set_memory(fused, memory)
     for m in (fused, eager):
         m.train(training).to(device, dtype, memory_format=torch.channels_last)
     for gradients in (True, False):
