@@ -31,13 +31,16 @@ def runs_native(x: Tensor, conv: Conv, use: Use) -> bool:
     return ops.native_reason(x, conv.weight, *conv[2:6]) is None
 
 
-def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool) -> Tensor:
+def residual(
+    x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool, overwrite: bool = False
+) -> Tensor:
     """A block as in :func:`resnet_fused.functional.residual`, its units frozen and nothing to differentiate.
 
     Args:
         x: ``[N, C, H, W]`` of the dtype to compute in; autocast is off.
         units: their ``norm`` may be None where the convolution is all there is.
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
+        overwrite: nobody reads the shortcut's tensor afterwards, and its memory may be written over.
     """
     if torch.compiler.is_compiling():
         return _compiled(x, units, shortcut, relu)
@@ -46,13 +49,13 @@ def residual(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, r
     if contiguous:
         x = ops.to_channels_last(x)
     if isinstance(shortcut, Unit):
-        shortcut = _unit(x, shortcut, None, False)
+        shortcut, overwrite = _unit(x, shortcut, None, False), True
     elif identity:
         shortcut = x
     a = x
     for u in units[:-1]:
         a = _unit(a, u, None, True)
-    z = _unit(a, units[-1], shortcut, relu)
+    z = _unit(a, units[-1], shortcut, relu, overwrite)
     return ops.to_contiguous(z) if contiguous else z
 
 
@@ -79,13 +82,13 @@ def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
     return bool(convs) and not any(is_channels_last(c.weight) for c in convs)
 
 
-def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool) -> Tensor:
+def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
     """``relu(norm(conv(x)) + shortcut)``: the one place where an implementation is chosen."""
     conv, norm = unit
     if conv is None:
         return ops.bn_apply(x, _coefficients(norm, x.dtype), shortcut, None, relu)
     if norm is None and conv.packed is not None:
-        z = conv.packed.convolve(x, conv, shortcut, relu)
+        z = conv.packed.convolve(x, conv, shortcut, relu, overwrite)
         if z is not None:
             return z
     weight, bias = conv.weight, conv.bias

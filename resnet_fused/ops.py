@@ -559,14 +559,22 @@ def fused_convolution(
     groups: int,
     shortcut: Tensor | None,
     relu: bool,
+    overwrite: bool = False,
 ) -> Tensor:
-    """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only. Its ReLU returns 0 for NaN."""
+    """``relu(conv(x) + bias + shortcut)`` by oneDNN's post-ops; inference only. Its ReLU returns 0 for NaN.
+
+    ``overwrite``: the result may take the shortcut's memory; a third less to move for a 1x1 convolution.
+    """
     arguments = (weight, bias, padding, stride, dilation, groups)
     with _pooling(x):
         if shortcut is None:
             activation = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], "")
         activation = "relu" if relu else None
+        if overwrite and shortcut is not x and shortcut.is_contiguous(memory_format=torch.channels_last):
+            return torch.ops.mkldnn._convolution_pointwise_.binary(
+                shortcut, x, *arguments, "add", 1.0, activation, [], ""
+            )
         return torch.ops.mkldnn._convolution_pointwise.binary(
             x, shortcut, *arguments, "add", 1.0, activation, [], ""
         )

@@ -36,11 +36,13 @@ class Packed:
     def __reduce__(self):
         return Packed, ()
 
-    def convolve(self, x: Tensor, conv: Conv, shortcut: Tensor | None, relu: bool) -> Tensor | None:
+    def convolve(
+        self, x: Tensor, conv: Conv, shortcut: Tensor | None, relu: bool, overwrite: bool = False
+    ) -> Tensor | None:
         """``relu(conv(x) + shortcut)``, or None where nothing is packed for inputs like ``x``.
 
         Packed are native convolutions (float32 of 3x3 filters as Winograd's transform of them), else oneDNN's, whose
-        ReLU, fused into its convolution, returns 0 for NaN.
+        ReLU, fused into its convolution, returns 0 for NaN. ``overwrite``: the shortcut's memory may be written over.
         """
         weight, bias = conv.weight, conv.bias
         geometry = conv.stride, conv.padding, conv.dilation
@@ -69,7 +71,7 @@ class Packed:
                 None if bias is None else bias.detach().to(x.dtype),
             ),
         )
-        return ops.fused_convolution(x, *found, *geometry, conv.groups, shortcut, relu)
+        return ops.fused_convolution(x, *found, *geometry, conv.groups, shortcut, relu, overwrite)
 
     def _get(self, key: tuple, weight: Tensor, bias: Tensor | None, make: Callable[[], tuple]) -> tuple:
         """What ``make`` made under ``key`` of these very tensors."""

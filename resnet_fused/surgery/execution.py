@@ -87,6 +87,7 @@ def run_block(
     shortcut: Tensor | Pair | None,
     relu: bool,
     memory: str,
+    overwrite: bool = False,
 ) -> Tensor | None:
     """A chain of units with a ReLU between them and one join, or None where the modules have to be called.
 
@@ -97,6 +98,7 @@ def run_block(
         shortcut: ``x`` itself, another tensor, a pair that is applied to ``x``, or None.
         relu: whether a ReLU follows.
         memory: as in :func:`resnet_fused.functional.residual`.
+        overwrite: nobody reads a shortcut's tensor afterwards.
     """
     if not fusible(x):
         return None
@@ -149,7 +151,7 @@ def run_block(
     cast = x if x.dtype == dtype else x.to(dtype)
     joined = projection if projection is not None else cast if joined is x else joined
     if infers and not autocast:
-        return inference.residual(cast, units, joined, relu)
+        return inference.residual(cast, units, joined, relu, overwrite)
     with without_autocast(device):
         if infers:
             return inference.residual(cast, units, joined, relu)

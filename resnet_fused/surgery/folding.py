@@ -53,6 +53,11 @@ def fold(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__dict__[PACKED] = Packed()
+    for module in model.modules():
+        forward = fused_forward(module)
+        if forward is not None:
+            forward.is_snapshot = True
+    # Once more: of what was folded, and with the blocks looked through, so that a program sees what is read last.
     fuse(model)
     return model
 

@@ -37,13 +37,17 @@ class FusedForward:
         module: whose forward; held weakly, since it holds this.
         memory: what runs keep for backward.
         born_fused: :func:`resnet_fused.unfuse` leaves it.
+        is_snapshot: made by :func:`resnet_fused.fold`: whoever calls the module may look through it, whatever it does.
     """
 
-    def __init__(self, module: nn.Module, memory: str = "default", born_fused: bool = False):
+    def __init__(
+        self, module: nn.Module, memory: str = "default", born_fused: bool = False, is_snapshot: bool = False
+    ):
         self._module = weakref.ref(module)
         self.memory = memory
         self.born_fused = born_fused
         self.active = True
+        self.is_snapshot = is_snapshot
         self._programs: dict[tuple, list[Program | Left]] = {}
         self._count = 0
         self._for_compiler: dict[tuple, Program | None] = {}
@@ -140,7 +144,7 @@ class FusedForward:
         if not self.active:
             return False
         program = self.usual(self._module().training)
-        return isinstance(program, Program) and program.is_one_unit
+        return isinstance(program, Program) and (program.is_one_unit or self.is_snapshot)
 
     def set_memory(self, memory: str) -> None:
         self.memory = memory
@@ -162,10 +166,10 @@ class FusedForward:
         return getattr(self.__wrapped__, name)
 
     def __deepcopy__(self, memo: dict) -> FusedForward:
-        return FusedForward(copy.deepcopy(self._module(), memo), self.memory, self.born_fused)
+        return FusedForward(copy.deepcopy(self._module(), memo), self.memory, self.born_fused, self.is_snapshot)
 
     def __reduce__(self):
-        return FusedForward, (self._module(), self.memory, self.born_fused)
+        return FusedForward, (self._module(), self.memory, self.born_fused, self.is_snapshot)
 
     def prepare_scriptable(self) -> nn.Module:
         """For TorchScript, which reads the source of forward: the module and those in it as they were."""

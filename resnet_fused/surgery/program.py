@@ -34,7 +34,8 @@ class _Place:
 class RunCall:
     """A run as a function of its inputs."""
 
-    def __init__(self, run: Run, memory: str):
+    def __init__(self, run: Run, memory: str, overwrite: bool):
+        self.overwrite = overwrite
         self.pairs, self.relu, self.memory = run.units, run.relu, memory
         self.join, self.projection, self.behind = run.join, run.projection, run.behind
         self._run = run
@@ -42,7 +43,7 @@ class RunCall:
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
         added = {Join.NONE: None, Join.IDENTITY: x, Join.TENSOR: shortcut, Join.PROJECTION: self.projection}[self.join]
-        z = run_block(x, self.pairs, added, self.relu, self.memory)
+        z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
         if z is None:
             if self._steps is None:
                 self._steps = self._compile_steps()
@@ -87,7 +88,8 @@ class Program:
                 guards.add_attribute(leaf, "act")
         guards.close()
         self.guards = guards
-        self.calls = [RunCall(run, memory) for run in self.runs]
+        made = {run.nodes[-1]: run for run in self.runs if not run.behind}
+        self.calls = [RunCall(run, memory, _reads_last(run, made)) for run in self.runs]
         members = {node for run in self.runs for node in run.nodes}
         rest = [n for n in graph.nodes if n not in members and n.op not in ("placeholder", "output")]
         # The steps besides the runs, and the one that the result comes from, as (op, target).
@@ -119,6 +121,23 @@ class Program:
             elif node not in members:
                 copies[node] = fused.node_copy(node, copies.__getitem__)
         return _compiled(fused, name, dict(zip(places, self.calls, strict=True)))
+
+
+def _reads_last(run: Run, made: dict[fx.Node, Run]) -> bool:
+    """Whether the tensor that ``run`` adds is another run's result that only runs have read, and none reads later.
+
+    ``made``: runs by their last node.
+    """
+    added = run.source if run.join is Join.IDENTITY else run.shortcut
+    if added not in made:
+        return False
+    readers = [other for other in made.values() if added in (other.source, other.shortcut)]
+    order = list(made)
+    return (
+        all(any(user in other.nodes for other in readers) for user in added.users)
+        and run in readers
+        and all(order.index(other.nodes[-1]) <= order.index(run.nodes[-1]) for other in readers)
+    )
 
 
 def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall] | None = None) -> Callable:
