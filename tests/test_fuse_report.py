@@ -166,7 +166,7 @@ LEFT = [
     (Checkpointing, "calls torch."),
     (Asking, "is_grad_enabled"),
     (Flagging, "was_here"),
-    (Swallowing, "autocast"),
+    (Swallowing, "exceptions"),
 ]
 
 

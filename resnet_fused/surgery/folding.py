@@ -64,19 +64,22 @@ def fold(model: nn.Module) -> nn.Module:
 
 def _pairs(model: nn.Module) -> Iterator[Pair]:
     """Convolutions and batch norms with running statistics that run fused, each pair once."""
+    programs = [
+        program
+        for module in model.modules()
+        if (forward := fused_forward(module)) is not None and isinstance(program := forward.usual(False), Program)
+    ]
     seen: set[int] = set()
-    for module in model.modules():
-        forward = fused_forward(module)
-        program = None if forward is None else forward.usual(False)
-        for pair in (p for run in program.runs for p in run.pairs) if isinstance(program, Program) else ():
-            conv, norm = pair
-            if conv is None or norm is None or norm.running_mean is None or norm.running_var is None:
-                continue
-            if normalises_and_activates(norm) and type(norm.drop) is not nn.Identity:
-                continue
-            if id(norm) not in seen:
-                seen.add(id(norm))
-                yield pair
+    for pair in (p for program in programs for run in program.runs for p in run.pairs):
+        conv, norm = pair
+        if conv is None or norm is None or norm.running_mean is None or norm.running_var is None:
+            continue
+        if normalises_and_activates(norm) and type(norm.drop) is not nn.Identity:
+            continue
+        calling = [p for p in programs if any(id(m) in p.calls_of for m in pair)]
+        if id(norm) not in seen and all(id(m) in p.called_once for p in calling for m in pair):
+            seen.add(id(norm))
+            yield pair
 
 
 def _fold_pair(conv: nn.Conv2d, norm: nn.Module) -> None:

@@ -169,7 +169,11 @@ class FusedForward:
         return FusedForward(copy.deepcopy(self._module(), memo), self.memory, self.born_fused, self.is_snapshot)
 
     def __reduce__(self):
-        return FusedForward, (self._module(), self.memory, self.born_fused, self.is_snapshot)
+        # Made before its module is looked at: some modules pickle their attributes before they are themselves.
+        return FusedForward.__new__, (FusedForward,), (self._module(), self.memory, self.born_fused, self.is_snapshot)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.__init__(*state)
 
     def prepare_scriptable(self) -> nn.Module:
         """For TorchScript, which reads the source of forward: the module and those in it as they were."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _IMMUTABLE = (
     BuiltinFunctionType,
     ModuleType,
 )
+_OF_EVERY_MODULE = {*nn.Module().__dict__}
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
@@ -49,12 +50,12 @@ def _is_immutable(value: object) -> bool:
     return isinstance(value, _IMMUTABLE)
 
 
-def _items(container: Any) -> list:
+def items_of(container: Any) -> list:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _same_items(container: Any, before: list) -> bool:
-    now = _items(container)
+def same_items(container: Any, before: list) -> bool:
+    now = items_of(container)
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
@@ -66,6 +67,7 @@ class Guards:
 
     def __init__(self, module: nn.Module):
         self._own = module.__dict__  # dropped by close()
+        self._class = type(module)
         self._own_items: dict[str, object] = {}
         self._own_types: dict[str, type] = {}
         self._own_size = len(module.__dict__)
@@ -83,11 +85,14 @@ class Guards:
         parts = (self._items, self._types, self._classes, self._sizes, self._contents, self._plain, self._unhooked)
         self._facts = tuple(tuple(part.values()) for part in parts)
         self._children = tuple(item for item in self._facts[0] if isinstance(item[2], nn.Module))
+        plain = (bool, int, float, str)
+        self._settings = tuple((key, v) for key, v in self._own_items.items() if isinstance(v, plain))
+        self._class_settings = tuple(item for item in self._facts[2] if isinstance(item[2], plain))
 
     def hold(self, module: nn.Module) -> bool:
         """Whether everything is as it was."""
         own = module.__dict__
-        if len(own) != self._own_size:
+        if len(own) != self._own_size or type(module) is not self._class:
             return False
         for key, value in self._own_items.items():
             if own.get(key, _ABSENT) is not value:
@@ -115,20 +120,21 @@ class Guards:
             if type(mapping.get(key)) is not cls:
                 return False
         for container, before in contents:
-            if not _same_items(container, before):
+            if not same_items(container, before):
                 return False
         return True
 
     def hold_for_compiler(self, module: nn.Module) -> bool:
-        """As :meth:`hold`, of the children only and in a form that torch.compile guards in turn."""
-        return all(mapping[key] is value for mapping, key, value in self._children)
-
-    def changed_contents(self) -> str | None:
-        """What was appended to, or taken from, meanwhile."""
-        for container, before in self._contents.values():
-            if not _same_items(container, before):
-                return f"forward changes a {type(container).__name__} of its module"
-        return None
+        """As :meth:`hold`, of what torch.compile guards in turn: the class, children and settings."""
+        if type(module) is not self._class:
+            return False
+        for mapping, key, value in self._children:
+            if mapping[key] is not value:
+                return False
+        for key, value in self._settings:
+            if getattr(module, key) != value:
+                return False
+        return all(getattr(cls, key, None) == value for cls, key, value in self._class_settings)
 
     def add_module(self, module: nn.Module) -> None:
         """Nothing may be added to ``module``, or taken away, and its forward stays what it is."""
@@ -140,6 +146,9 @@ class Guards:
         self._sizes[id(module._modules)] = (module._modules, len(module._modules))
         for name in module._modules:
             self._add(module._modules, name)
+        for name, value in module.__dict__.items():  # whatever name the forward makes up
+            if name not in _OF_EVERY_MODULE and _is_immutable(value):
+                self._add(module.__dict__, name)
         self._classes[type(module), "forward"] = (type(module), "forward", type(module).forward)
 
     def add_training(self, module: nn.Module, training: bool) -> None:
@@ -159,26 +168,68 @@ class Guards:
         for mapping in (module.__dict__, module._modules, module._parameters, module._buffers):
             if name in mapping:
                 return self._add(mapping, name)
-        value = getattr(type(module), name, _ABSENT)
-        if isinstance(value, list | dict | set):
-            self._contents[id(value)] = (value, _items(value))
-        self._classes[type(module), name] = (type(module), name, value)
-        return None
+        return self._add_of_class(type(module), name)
 
-    def add_globals(self, namespace: dict[str, Any], names: Iterable[str]) -> None:
-        """The functions, classes and constants of these names that code with these globals finds, in modules too."""
-        modules = []
+    def add_function(self, module: nn.Module, code: CodeType) -> None:
+        """If ``code`` is that of a function of ``module``'s class or one of its bases: that it is that function's."""
+        for cls in type(module).__mro__:
+            function = vars(cls).get(code.co_name)
+            if getattr(function, "__code__", None) is code:
+                self._classes[cls, code.co_name] = (cls, code.co_name, function)
+
+    def add_globals(self, namespace: dict[str, Any], names: Iterable[str], attributes: Iterable[str]) -> str | None:
+        """What code with these globals finds under ``names``, and under ``attributes`` of modules and classes there.
+
+        Returns why nothing may depend on it, or None.
+        """
         for name in names:
             value = namespace.get(name, _ABSENT)
-            if isinstance(value, ModuleType):
-                modules.append(value)
-            if value is not _ABSENT and (_is_immutable(value) or callable(value)):
-                self._items[id(namespace), name] = (namespace, name, value)
-        for module in modules:
-            for name in names:
-                value = vars(module).get(name, _ABSENT)
-                if value is not _ABSENT and (_is_immutable(value) or callable(value)):
-                    self._items[id(vars(module)), name] = (vars(module), name, value)
+            if value is _ABSENT:
+                continue  # a builtin
+            if not _may_be_read(value):
+                return f"forward reads {name}, a {type(value).__name__}, whose changes nobody would see"
+            self._items[id(namespace), name] = (namespace, name, value)
+            reason = self._add_members(value, attributes)
+            if reason is not None:
+                return reason
+        return None
+
+    def _add_members(self, value: object, attributes: Iterable[str]) -> str | None:
+        torchs = _is_torchs(value)
+        if isinstance(value, type) and not torchs:
+            for name in attributes:
+                reason = self._add_of_class(value, name) if hasattr(value, name) else None
+                if reason is not None:
+                    return reason
+        elif isinstance(value, ModuleType):
+            for name in attributes:
+                member = vars(value).get(name, _ABSENT)
+                if member is _ABSENT:
+                    continue
+                if _may_be_read(member):
+                    self._items[id(vars(value)), name] = (vars(value), name, member)
+                    if isinstance(member, type | ModuleType) and not torchs and member is not value:
+                        reason = self._add_members(member, attributes)
+                        if reason is not None:
+                            return reason
+                elif not torchs:
+                    return f"forward reads {name}, a {type(member).__name__}, whose changes nobody would see"
+        return None
+
+    def _add_of_class(self, cls: type, name: str) -> str | None:
+        value = getattr(cls, name, _ABSENT)
+        if value is not _ABSENT and getattr(nn.Module, name, _ABSENT) is value:
+            return None
+        if isinstance(value, list | dict | set):
+            if not all(map(_is_immutable, items_of(value))):
+                return f"forward reads {name}, a {type(value).__name__} of things whose changes nobody would see"
+            self._contents[id(value)] = (value, items_of(value))
+        elif value is not _ABSENT and not _may_be_read(value) and not isinstance(value, property | MethodType):
+            if not hasattr(type(value), "__get__"):
+                return f"forward reads {name}, a {type(value).__name__}, whose changes nobody would see"
+        if not isinstance(value, MethodType):  # of classes they are made anew
+            self._classes[cls, name] = (cls, name, value)
+        return None
 
     def _add(self, mapping: dict[str, Any], name: str) -> str | None:
         value = mapping[name]
@@ -193,10 +244,21 @@ class Guards:
             self._own_items[name] = value
         else:
             self._items[id(mapping), name] = (mapping, name, value)
-        if isinstance(value, list | dict | set):
-            if name not in _REGISTRIES:
-                self._contents[id(value)] = (value, _items(value))
+        if name in _REGISTRIES or isinstance(value, nn.Module) or _may_be_read(value):
             return None
-        if _is_immutable(value) or isinstance(value, nn.Module) or callable(value):
+        if type(value) in (list, dict, set) and all(map(_is_immutable, items_of(value))):
+            self._contents[id(value)] = (value, items_of(value))
             return None
+        if name == "forward":
+            return None  # of a module that is fused itself
         return f"forward reads {name}, a {type(value).__name__}, whose changes nobody would see"
+
+
+def _may_be_read(value: object) -> bool:
+    """Whether ``value`` is known to be the same as long as it is the same object."""
+    return _is_immutable(value) or type(value).__module__ == "typing"
+
+
+def _is_torchs(value: object) -> bool:
+    name = getattr(value, "__name__", "") if isinstance(value, ModuleType) else getattr(value, "__module__", "")
+    return isinstance(name, str) and (name == "torch" or name.startswith("torch."))

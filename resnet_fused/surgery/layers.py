@@ -67,8 +67,8 @@ def any_global_hooks() -> bool:
 
 _STOOD_IN_FOR: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (nn.Module, ("__call__", "_call_impl", "__getattr__")),
-    (nn.Conv2d, ("forward", "_conv_forward")),
-    (nn.BatchNorm2d, ("forward", "_check_input_dim")),
+    (nn.Conv2d, ("forward", "_conv_forward", "__call__")),
+    (nn.BatchNorm2d, ("forward", "_check_input_dim", "__call__")),
     (nn.ReLU, ("forward", "__call__")),
     (nn.Identity, ("forward", "__call__")),
     (nn.Sequential, ("forward", "__call__")),
@@ -157,7 +157,9 @@ def is_sequence(module: object) -> bool:
 
 def is_container(module: nn.Module) -> bool:
     """nn.ModuleList and its like, which are never called."""
-    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    return type(module).forward is nn.Module.forward
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -81,6 +82,9 @@ class Program:
         finder = Finder(module, graph)
         self.runs = finder.runs()
         self.left = dict(finder.left(self.runs))
+        # Layers that are called once and not looked into: what fold may change.
+        self.calls_of = {*finder.uses} | finder.read
+        self.called_once = {i for i, count in finder.uses.items() if count == 1 and i not in finder.read}
         for leaf in itertools.chain.from_iterable(run.leaves for run in self.runs):
             guards.add_plain(leaf)
             if normalises_and_activates(leaf):
@@ -145,7 +149,9 @@ def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall] | None = 
     code = graph.python_code("self")
     source = code.src
     filename = f"<resnet_fused {next(_numbers)}: {name}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = {k: calls[v] if isinstance(v, _Place) else v for k, v in code.globals.items()}
     exec(compile(source, filename, "exec"), namespace)
-    return namespace.pop("forward")  # which would be a cycle, too
+    function = namespace.pop("forward")  # which would be a cycle, too
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    weakref.finalize(function, linecache.cache.pop, filename, None)
+    return function

@@ -9,6 +9,7 @@ stays in the twin.
 
 from __future__ import annotations
 
+import copy
 import enum
 import gc
 import operator
@@ -16,14 +17,16 @@ import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, MethodType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.guards import Guards
+from resnet_fused.surgery.code import lookups
+from resnet_fused.surgery.guards import Guards, items_of, same_items
 from resnet_fused.surgery.layers import any_global_hooks, is_container, is_hooked, is_layer, is_plain, is_sequence
 
 
@@ -64,9 +67,24 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 class _Symbol(fx.Proxy):
     """A value of the recorded execution."""
 
+    def _ask(self) -> type:
+        """What ``isinstance`` asks for, of the forward's own code: nobody knows of most values."""
+        if _is_users(sys._getframe(1)):
+            if self.tracer.gives_a_tensor(self.node):
+                return Tensor
+            self.tracer.refuse("forward asks for the class of a value")
+        return _Symbol
+
+    __class__ = property(_ask)
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        if not hasattr(Tensor, name) and _is_users(sys._getframe(1)):
+            self.tracer.refuse(f"forward asks for {name} of a value")
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: object) -> None:
         if name not in ("tracer", "node"):
-            raise Left(f"forward assigns to {name} of a tensor")
+            self.tracer.refuse(f"forward assigns to {name} of a tensor")
         super().__setattr__(name, value)
 
 
@@ -91,6 +109,17 @@ class _TensorSymbol(_Symbol):
 # Children
 
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Layers and functions that return one tensor.
+_GIVE_TENSORS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish) + (
+    nn.Linear,
+    nn.Dropout,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+_FUNCTIONS_GIVE_TENSORS = (F.relu, torch.relu, torch.cat, torch.add, operator.add, operator.iadd)
+
+
 class _Child:
     """Stands in for a child: its calls are recorded, its attributes are the child's."""
 
@@ -106,12 +135,12 @@ class _Child:
     def __getattr__(self, name: str) -> Any:
         recorder, module, path = (self.__dict__[key] for key in ("_recorder", "_module", "_path"))
         value = getattr(module, name)
-        if isinstance(value, MethodType | nn.Module):
+        if isinstance(value, MethodType | nn.Module) or isinstance(getattr(type(module), name, None), property):
             recorder.refuse(f"forward uses {path}.{name}")
         if isinstance(value, Tensor):
             return recorder.create_proxy("get_attr", f"{path}.{name}", (), {})
         recorder.read(module, name)
-        return value
+        return recorder.mode_of(module) if name == "training" else value
 
     def __setattr__(self, name: str, value: object) -> None:
         self.__dict__["_recorder"].refuse(f"forward assigns to {self.__dict__['_path']}.{name}")
@@ -155,28 +184,22 @@ _TORCH = (
     "torch._jit_internal",
     "torch.jit._",
     "torch.ao.nn.",
-    "torch.utils._contextlib",
     "torch.compiler",
     "torch._dynamo.utils",  # whose weak references notice modules that a forward makes and drops
 )
-_OF_TORCH_ITSELF = ("_assert", "is_tensor")  # in torch/__init__.py
+_OF_TORCH_ITSELF = ("_assert",)  # in torch/__init__.py
+# Decorators of a forward, which are called by nobody but us.
+_CONTEXTS = ("torch.utils._contextlib", "torch.amp.", "torch.autograd.grad_mode")
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _PURE_LIBRARY = ("functools", "contextlib", "collections", "typing", "enum", "copy", "abc", "operator", "itertools")
-# What a graph cannot repeat, or what may answer differently the next time.
-_IMPURE = {
-    "print",
-    "input",
-    "open",
-    "time",
-    "perf_counter",
-    "monotonic",
-    "is_grad_enabled",
-    "is_inference_mode_enabled",
+# What may answer differently the next time.
+_CHANGING = {"time", "perf_counter", "monotonic", "is_grad_enabled", "is_inference_mode_enabled"} | {
     "is_autocast_enabled",
     "is_autocast_cpu_enabled",
     "get_autocast_dtype",
     "is_anomaly_enabled",
 }
+_RANDOM = {"rand", "randn", "randint", "randperm", "normal", "multinomial", "manual_seed", "seed"}
 
 
 def _context() -> tuple:
@@ -184,10 +207,9 @@ def _context() -> tuple:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-def _random_state() -> tuple:
-    numpy = sys.modules.get("numpy")
-    state = None if numpy is None else numpy.random.get_state()[1].tobytes()
-    return random.getstate(), torch.get_rng_state(), state
+def _is_generator(owner: object) -> bool:
+    """Whether ``owner`` draws random numbers: Python's, numpy's or torch's."""
+    return isinstance(owner, random.Random | torch.Generator) or type(owner).__module__.startswith("numpy.random")
 
 
 class _Recorder(fx.Tracer):
@@ -200,7 +222,8 @@ class _Recorder(fx.Tracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.context = _context()
         self.guards = Guards(module)
-        self.paths: dict[int, str] = {}  # of tensors that are mere attributes
+        self.containers: list[tuple[Any, Any]] = []  # copies of the modules' lists and dicts, and those
+        self.nested: set[CodeType] = set()  # functions inside those that were called
         self.twins: dict[int, tuple[nn.Module, nn.Module]] = {}  # by id: the twin, which is kept, and its original
         self.reads_training = False
         self.reason: str | None = None
@@ -227,10 +250,7 @@ class _Recorder(fx.Tracer):
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
-            path = self.paths.get(id(a))
-            if path is None:
-                self.refuse("forward uses a tensor that is neither an argument nor a parameter")
-            return self.create_node("get_attr", path, (), {})
+            self.refuse("forward uses a tensor that is neither an argument nor a parameter")
         if isinstance(a, nn.Module):
             self.refuse(f"forward passes on a module, {type(a).__name__}")
         return super().create_arg(a)
@@ -240,19 +260,35 @@ class _Recorder(fx.Tracer):
         if name == "training":
             self.reads_training = True
             if module is not self.root:
-                training = module.training if self.training == self.root.training else self.training
-                self.guards.add_training(module, training)
+                self.guards.add_training(module, self.mode_of(module))
             return
         reason = self.guards.add_attribute(module, name)
         if reason is not None:
             self.refuse(reason)
 
+    def mode_of(self, module: nn.Module) -> bool:
+        """The mode to record ``module`` in: its own, unless all are recorded in the other one than the root's."""
+        return module.training if self.training == self.root.training else self.training
+
+    def gives_a_tensor(self, node: fx.Node) -> bool:
+        """Whether ``node``'s value is known to be a tensor."""
+        if node.op == "call_module":
+            return type(self.root.get_submodule(node.target)) in _GIVE_TENSORS
+        return node.op in ("placeholder", "get_attr") or node.target in _FUNCTIONS_GIVE_TENSORS
+
     def twin(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """A copy of ``module``'s attributes with symbols for tensors and stand-ins for children."""
         twin = type(module).__new__(type(module))
-        twin.__dict__.update((k, v) for k, v in module.__dict__.items() if k != "forward")
-        if self.training != self.root.training:
-            twin.__dict__["training"] = self.training
+        for name, value in module.__dict__.items():
+            if name == "forward":
+                continue
+            if isinstance(value, Tensor):
+                value = self.create_proxy("get_attr", f"{prefix}{name}", (), {})
+            elif type(value) in (list, dict, set) and name not in _REGISTRIES:
+                self.containers.append((copy.copy(value), value))
+                value = self.containers[-1][0]  # for the forward to write on
+            twin.__dict__[name] = value
+        twin.__dict__["training"] = self.mode_of(module)
         for registry in ("_parameters", "_buffers"):
             twin.__dict__[registry] = {
                 name: None if tensor is None else self.create_proxy("get_attr", f"{prefix}{name}", (), {})
@@ -262,9 +298,6 @@ class _Recorder(fx.Tracer):
             name: None if child is None else self.stand_in(child, f"{prefix}{name}")
             for name, child in module._modules.items()
         }
-        for name, value in module.__dict__.items():
-            if isinstance(value, Tensor):
-                self.paths[id(value)] = f"{prefix}{name}"
         self.twins[id(twin)] = (twin, module)
         self.guards.add_module(module)
         return twin
@@ -277,26 +310,50 @@ class _Recorder(fx.Tracer):
     def watch(self, frame: FrameType, event: str, function: object) -> None:
         """A profile function: notes what the forward's own code reads, and refuses what a graph cannot repeat."""
         if event == "c_call":
-            name = getattr(function, "__name__", "")
-            if name in _IMPURE and _is_users(frame):
-                self.refuse(f"forward calls {name}")
+            if _is_users(frame):
+                name = getattr(function, "__name__", "")
+                if name in _CHANGING:
+                    self.refuse(f"forward calls {name}")
+                if name in _RANDOM or _is_generator(getattr(function, "__self__", None)):
+                    self.refuse("forward draws random numbers")
         elif event == "call" and not _is_of(frame, __package__):
             self.enter(frame)
 
     def enter(self, frame: FrameType) -> None:
         code, home = frame.f_code, frame.f_globals.get("__name__", "")
+        if home.startswith(_CONTEXTS):
+            self.refuse("forward changes grad mode or autocast")
         known = home.startswith(_TORCH) or code.co_name in _OF_TORCH_ITSELF
         if _is_of(frame, "torch") or _is_standard(frame):
             if not known and not home.startswith(_PURE_LIBRARY) and _is_users(frame.f_back):
-                self.refuse(f"forward calls {home}.{code.co_name}")
+                what = "draws random numbers" if home == "random" else f"calls {home}.{code.co_name}"
+                self.refuse(f"forward {what}")
             return
-        self.guards.add_globals(frame.f_globals, _names(code))
-        holder = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        twin, original = self.twins.get(id(holder), (None, None))
-        if twin is not None:
-            for name in _names(code):
+        looked_up = lookups(code)
+        reason = looked_up.reason
+        if reason is None:
+            reason = self.guards.add_globals(frame.f_globals, looked_up.globals, looked_up.attributes)
+        if reason is None and code not in self.nested:
+            reason = _closure_reason(frame)
+        if reason is not None:
+            self.refuse(reason)
+        self.nested.update(looked_up.nested)
+        for twin, original in list(self.twins.values()):
+            self.guards.add_function(original, code)
+            for name in looked_up.attributes:
                 if name in twin.__dict__ or hasattr(type(twin), name) or _is_registered(original, name):
                     self.read(original, name)
+            for name in looked_up.asked:
+                if not hasattr(original, name):
+                    self.guards.add_attribute(original, name)
+
+
+def _closure_reason(frame: FrameType) -> str | None:
+    for name in frame.f_code.co_freevars:
+        value = frame.f_locals.get(name)
+        if name != "__class__" and not isinstance(value, FunctionType | BuiltinFunctionType | type):
+            return f"forward reads {name} of the function around it, whose changes nobody would see"
+    return None
 
 
 def _is_registered(module: nn.Module, name: str) -> bool:
@@ -317,17 +374,6 @@ def _is_users(frame: FrameType | None) -> bool:
     return frame is not None and not (_is_of(frame, "torch") or _is_of(frame, __package__) or _is_standard(frame))
 
 
-def _names(code: CodeType) -> set[str]:
-    """What ``code`` may look up by name, ``getattr(self, "name")`` included."""
-    names = {*code.co_names}
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
-    return names
-
-
 def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: bool) -> Recording:
     """Execute ``module.forward`` symbolically.
 
@@ -343,7 +389,7 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
         raise Left("hooks on all modules are registered")
     recorder = _Recorder(module, training)
     leaves, structure = pytree.tree_flatten(pattern)
-    before, profile = _random_state(), sys.getprofile()
+    profile = sys.getprofile()
     try:
         symbols = [
             recorder.create_proxy("placeholder", f"input_{i}", (), {}) if leaf is TENSOR else leaf
@@ -351,7 +397,7 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
         ]
         args, kwargs = pytree.tree_unflatten(symbols, structure)
         twin = recorder.twin(module)
-        attributes = {name: dict(twin.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}
+        attributes = {name: dict(twin.__dict__[name]) for name in _REGISTRIES}
         attributes["__dict__"] = dict(twin.__dict__)
         forward = type(module).forward
         collects = gc.isenabled()
@@ -368,6 +414,9 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
             if not isinstance(value, fx.Proxy | int | float | str | bool | None):
                 recorder.refuse(f"forward returns a {type(value).__name__}")
         recorder.create_node("output", "output", (tuple(recorder.create_arg(r) for r in results),), {})
+        remaining, remaining_structure = pytree.tree_flatten((args, kwargs))
+        if remaining_structure != structure or any(a is not b for a, b in zip(remaining, symbols, strict=True)):
+            recorder.refuse("forward changes a container among its arguments")
     except Exception as error:  # anything may go wrong in a forward that is given a symbol
         if recorder.reason is None and not isinstance(error, Left):
             message = str(error).strip().partition("\n")[0]
@@ -375,7 +424,7 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
         raise Left(recorder.reason or str(error)) from None
     finally:
         recorder.release()
-    reason = recorder.reason or _effects(recorder, twin, attributes, before)
+    reason = recorder.reason or _effects(recorder, twin, attributes)
     if reason is not None:
         raise Left(reason)
     for node in [n for n in recorder.graph.nodes if n.op == "get_attr" and not n.users]:
@@ -383,16 +432,13 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
     return Recording(recorder.graph, result_structure, recorder.guards, recorder.reads_training)
 
 
-def _effects(recorder: _Recorder, twin: nn.Module, attributes: dict[str, dict], before: tuple) -> str | None:
+def _effects(recorder: _Recorder, twin: nn.Module, attributes: dict[str, dict]) -> str | None:
     """What else the forward did than to compute a result."""
-    python_state, torch_state, numpy_state = before
-    now = _random_state()
-    if now[0] != python_state or not torch.equal(now[1], torch_state) or now[2] != numpy_state:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
-        return "forward draws random numbers"
     for name, entries in attributes.items():
         present = getattr(twin, name)
         if present.keys() != entries.keys() or any(present[k] is not v for k, v in entries.items()):
             return "forward assigns to attributes of its module"
-    return recorder.guards.changed_contents()
+    for written_on, original in recorder.containers:
+        if not same_items(written_on, items_of(original)):
+            return f"forward changes a {type(original).__name__} of its module"
+    return None

@@ -130,7 +130,11 @@ class Finder:
         self.module = module
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.uses = Counter(n.target for n in self.nodes if n.op == "call_module")
+        self.uses = Counter(id(self.child(n)) for n in self.nodes if n.op == "call_module")
+        # What the forward reads of a layer's own, besides calling it.
+        self.read = {
+            id(module.get_submodule(n.target.rpartition(".")[0])) for n in self.nodes if n.op == "get_attr"
+        }
 
     # What a node is ------------------------------------------------------------------------------------------
 
@@ -242,12 +246,13 @@ class Finder:
         """Every run, in the order of execution."""
         chains = self.chains()
         ends = {c.end: c for c in chains if not c.relu and not c.behind and len(c.end.users) == 1}
+        chained = {node for c in chains for node in c.nodes}
         found: list[Run] = []
         joined: set[int] = set()
         for node in self.nodes:
             if self.kind(node) is not _Kind.ADD:
                 continue
-            run, used = self.joined_at(node, ends)
+            run, used = self.joined_at(node, ends, chained)
             if run is not None:
                 found.append(run)
                 joined.update(map(id, used))
@@ -256,7 +261,9 @@ class Finder:
         found += [run for c in chains if id(c) not in joined for run in self.plain_runs(c)]
         return sorted(found, key=lambda run: self.position[run.nodes[-1]])
 
-    def joined_at(self, addition: fx.Node, ends: dict[fx.Node, _Chain]) -> tuple[Run | None, list[_Chain]]:
+    def joined_at(
+        self, addition: fx.Node, ends: dict[fx.Node, _Chain], chained: set[fx.Node]
+    ) -> tuple[Run | None, list[_Chain]]:
         a, b = addition.args
         if a is b:
             return None, []
@@ -275,7 +282,9 @@ class Finder:
         for _, _, main, projection, side in sorted(options, key=lambda o: o[:2], reverse=True):
             nodes = [*main.nodes, *(projection.nodes if projection else ()), addition]
             silent = [*main.silent, *(projection.silent if projection else ())]
-            while side is not None and self.kind(side) is _Kind.IDENTITY and len(side.users) == 1:
+            while side is not None and side not in chained and self.kind(side) is _Kind.IDENTITY:
+                if len(side.users) != 1:
+                    break
                 nodes.append(side)
                 silent.append(self.child(side))
                 side = _operand(side)
@@ -308,6 +317,7 @@ class Finder:
             and chain.source is main.source
             and pair.conv is not None
             and (pair.norm is None) == bare
+            and not any(m is not None and m in p for m in pair for p in main.units)
         )
 
     def plain_runs(self, chain: _Chain) -> Iterator[Run]:
@@ -327,27 +337,26 @@ class Finder:
     # Order ---------------------------------------------------------------------------------------------------
 
     def may_move(self, run: Run) -> bool:
-        """Whether the run may execute where its last node stands: nothing in between writes on what it reads."""
+        """Whether the run may execute where its last node stands: nothing in between writes or has effects."""
         first, last = self.position[run.nodes[0]], self.position[run.nodes[-1]]
         members = set(run.nodes)
-        read = {run.source} | ({run.shortcut} if run.shortcut is not None else set())
         own = {id(m) for m in run.leaves}
-        return all(
-            node in members or (self.spares(node, read) and id(self.child(node)) not in own)
-            for node in self.nodes[first:last]
-        )
+        return all(node in members or self.is_pure(node, own) for node in self.nodes[first:last])
 
-    def spares(self, node: fx.Node, read: set[fx.Node]) -> bool:
-        """Whether ``node`` does not write on any of ``read``."""
-        if not any(_seen_through(n) & read for n in node.all_input_nodes):
-            return True
+    def is_pure(self, node: fx.Node, own: set[int]) -> bool:
+        """Whether ``node`` computes a result and does nothing else, from nothing of the run's ``own`` modules."""
+        if node.op == "get_attr":
+            return id(self.module.get_submodule(node.target.rpartition(".")[0])) not in own
         child = self.child(node)
         if child is not None:
-            return _is_pure(child)
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_NAMES
+            return _is_pure(child) and id(child) not in own
+        if node.op != "call_function" or "out" in node.kwargs:
+            return node.op == "placeholder" or (node.op == "call_method" and node.target in _PURE_METHODS)
+        if node.target is getattr:
+            return node.args[1] in ("shape", "dtype", "device", "ndim")
+        name = getattr(node.target, "__name__", "")
         flags = [*node.args, *node.kwargs.values()]
-        return not in_place and not any(f is True for f in flags) and "out" not in node.kwargs
+        return name in _PURE_FUNCTIONS and not any(f is True for f in flags)
 
     # What is left --------------------------------------------------------------------------------------------
 
@@ -376,8 +385,17 @@ class Finder:
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-_IN_PLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
-_VIEWS = ("getitem", "view", "reshape", "chunk", "split", "flatten", "permute", "transpose", "narrow", "contiguous")
+_PURE_METHODS = ("mean", "sum", "size", "dim", "view", "reshape", "flatten", "chunk", "split", "sigmoid", "contiguous")
+_PURE_FUNCTIONS = ("add", "sub", "mul", "truediv", "getitem", "cat", "mean", "sum", "sigmoid", "relu", "_assert") + (
+    "avg_pool2d",
+    "max_pool2d",
+    "adaptive_avg_pool2d",
+    "pad",
+    "flatten",
+    "chunk",
+    "split",
+    "interpolate",
+)
 
 
 def _arguments(node: fx.Node) -> Iterator[fx.Node]:
@@ -390,11 +408,13 @@ def _arguments(node: fx.Node) -> Iterator[fx.Node]:
 def _operand(node: fx.Node) -> fx.Node | None:
     """What ``node`` is applied to, if that is a single tensor and there are no other arguments of weight."""
     operands = [*_arguments(node)]
-    if len(operands) != 1:
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if len(operands) != 1 or first is not operands[0]:
         return None
-    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-    others = [*node.args[1:], *(v for v in node.kwargs.values() if v is not operands[0])]
-    return operands[0] if first is operands[0] and all(isinstance(o, bool) for o in others) else None
+    others = [*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input")]
+    if node.op == "call_module":
+        return None if others else first
+    return first if all(isinstance(o, bool) for o in others) else None
 
 
 def _activation_of(norm: nn.Module) -> tuple[bool, tuple[nn.Module, ...]]:
@@ -402,14 +422,6 @@ def _activation_of(norm: nn.Module) -> tuple[bool, tuple[nn.Module, ...]]:
     if is_identity(norm.drop) and is_relu(norm.act):
         return True, ()
     return False, tuple(m for m in (norm.drop, norm.act) if not (type(m) is nn.Identity and is_plain(m)))
-
-
-def _seen_through(node: fx.Node) -> set[fx.Node]:
-    """``node`` and what it may be a view of."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op in ("call_method", "call_function") and name in _VIEWS:
-        return {node}.union(*(_seen_through(n) for n in node.all_input_nodes))
-    return {node}
 
 
 def _is_pure(module: nn.Module) -> bool:
