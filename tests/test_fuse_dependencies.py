@@ -127,7 +127,7 @@ def calls_global_module(self, x):
 
 def reads_made_up_name(self, x):
     y = self.unit(x)
-    return F.relu(y) if getattr(self, "flag%d" % 1) else y
+    return F.relu(y) if getattr(self, "flag" + str(1)) else y
 
 
 def reads_later_name(self, x):

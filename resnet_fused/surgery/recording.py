@@ -3,8 +3,9 @@
 """What a module's ``forward`` does, read off one symbolic execution of it (torch.fx), and what that depended on.
 
 The forward runs on a twin: a copy of the module's attributes whose children are stand-ins that record their calls. So
-nothing of torch is patched while it runs, other threads may use the model meanwhile, and whatever the forward assigns
-stays in the twin.
+nothing of torch is patched while it runs, other threads may use the model meanwhile, and what the forward assigns stays
+in the twin. A profile function of this thread watches what the forward calls and looks up: what a graph could not
+repeat, or nobody could see change, is refused before it happens.
 """
 
 from __future__ import annotations
