@@ -31,10 +31,10 @@ def fuse(model: nn.Module, verbose: bool = False) -> FuseReport:
     (convolution, batch norm, ReLU; an addition and a ReLU behind) becomes one call of a fused function; every other
     step stays the module's own. A module whose forward is no graph is left, with the reason.
 
-    Only ``forward`` on the instance is new, and what TorchScript and ``nn.DataParallel`` ask for: classes, parameters, buffers, children, hooks, state_dict and flags are
-    untouched, and the results are those of the original up to rounding. Whenever a call is not plain, the forward of
-    the module's class runs: hooks, functions and attributes that are added, replaced or changed take effect, before
-    and after. Fusing a second time looks anew at what was left.
+    Only ``forward`` on the instance is new, and what TorchScript and ``nn.DataParallel`` ask for: classes, parameters,
+    buffers, children, hooks, state_dict and flags are untouched, and the results are those of the original up to
+    rounding. Whenever a call is not plain, the forward of the module's class runs: hooks, functions and attributes that
+    are added, replaced or changed take effect, before and after. Fusing a second time looks anew at what was left.
 
     Args:
         model: any module; it may be a block itself.
