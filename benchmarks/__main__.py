@@ -15,7 +15,19 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks import bandwidth, blocks, bottleneck, convolutions, depth, layers, networks, report, small, zoo
+from benchmarks import (
+    bandwidth,
+    blocks,
+    bottleneck,
+    convolutions,
+    depth,
+    layers,
+    networks,
+    overhead,
+    report,
+    small,
+    zoo,
+)
 from benchmarks.cases import CUDA_BATCH, DTYPES, MODES, Outcome, Settings, dtypes_of
 from benchmarks.timing import Race
 from resnet_fused import ops
@@ -38,6 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
     choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
     choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")
+    choice.add_argument("--overhead", action="store_true", help="what a call of a block costs besides its kernels")
     choice.add_argument("--depth", action="store_true", help="the revolution of depth: AlexNet to ResNet-152")
     choice.add_argument("--bottleneck", action="store_true", help="a bottleneck against a plain 3x3 convolution")
     choice.add_argument(
@@ -86,11 +99,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.convolutions is not None and not_native:
         parser.error(f"--convolutions: {not_native}")
     on_cpu = {"--small": options.small, "--profile": options.profile is not None, "--zoo": options.zoo is not None}
+    on_cpu["--overhead"] = options.overhead
     for name, asked in on_cpu.items():
         if asked and device.type != "cpu":
             parser.error(f"{name}: on the CPU only")
     chosen = (options.blocks, options.networks, options.bandwidth, options.convolutions, options.profile, options.zoo)
-    if not (options.depth or options.bottleneck or options.small) and all(choice is None for choice in chosen):
+    flags = (options.depth, options.bottleneck, options.small, options.overhead)
+    if not any(flags) and all(choice is None for choice in chosen):
         options.blocks = options.networks = ""
         if device.type == "cpu" and not options.quick:
             options.batch = options.batch or BATCH
@@ -144,6 +159,12 @@ def run_small(settings: Settings, folder: Path) -> list[small.Outcome]:
     print("", small.table(found), "", sep="\n")
     report.write_json(folder / "small.json", settings.device, small.records(found))
     return found
+
+
+def run_overhead(settings: Settings, folder: Path) -> None:
+    found = list(overhead.measure(20 if settings.quick else 1000))
+    print("", overhead.table(found), "", sep="\n")
+    report.write_json(folder / "overhead.json", settings.device, overhead.records(found))
 
 
 def run_profile(settings: Settings, part: str, folder: Path) -> None:
@@ -236,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checked += run_convolutions(settings, options.convolutions, folder)
     few = run_small(settings, folder) if options.small else []
     races: list[Race] = [outcome.race for outcome in (*checked, *few)]
+    if options.overhead:
+        run_overhead(settings, folder)
     if options.profile is not None:
         run_profile(settings, options.profile, folder)
     animals = [] if options.zoo is None else run_zoo(options.zoo, settings, folder)

@@ -4,6 +4,7 @@
 
 import dataclasses
 import functools
+import json
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from benchmarks import (
     depth,
     device_clock,
     networks,
+    overhead,
     report,
 )
 from benchmarks.__main__ import main, parse
@@ -577,3 +579,12 @@ def test_depth_counts_parameters():
 
 def test_bottleneck_weights():
     assert [bottleneck.size_of(name, 224)[0] for name in bottleneck.contenders()] == [589_824, 69_632]
+
+
+def test_overhead_measures_every_block_in_every_mode(tmp_path, capsys):
+    assert main(["--overhead", "--quick", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.rglob("overhead.json")
+    measured = json.loads(path.read_text())["outcomes"]
+    assert len(measured) == len(overhead.BLOCKS) * len(overhead.MODES)
+    assert all(0 < o["eager"] < 1e6 and 0 < o["fused"] < 1e6 for o in measured)
+    assert "forward in training" in capsys.readouterr().out
