@@ -199,7 +199,7 @@ def _keyed(pattern: tuple) -> tuple[object, tuple]:
 def _usual_pattern(module: nn.Module) -> tuple:
     try:
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NameError):
         return _ONE_TENSOR
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters if p.default is p.empty and p.kind in positional]
