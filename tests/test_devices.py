@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from user_models import LectureNet, assert_same_results, classes, fused_copy, nontrivial, sequence
+from user_models import LectureNet, assert_same_results, classes, fused_copy, nontrivial, sequence, switched
 
 import resnet_fused as rf
 from resnet_fused.testing import assert_passed, compare_modules
@@ -58,7 +58,8 @@ def test_fused_before_or_after_moving(name):
     after, _ = fused_copy(eager)
     before, _ = fused_copy(copy.deepcopy(eager).cpu())
     before.cuda()
-    assert classes(before) == classes(after) != classes(eager)
+    assert classes(before) == classes(after) == classes(eager)
+    assert switched(before) == switched(after) and not switched(eager)
     assert placed(before) == placed(after) == {"cuda"}
     x = inputs(name, "cuda")
     assert torch.equal(before.eval()(x), after.eval()(x))
@@ -71,12 +72,12 @@ def test_there_and_back(name):
     """Folded on the CPU, trained on the GPU, back on the CPU: at every stop what the parameters are now counts."""
     eager = nontrivial(MODELS[name]())
     fused, _ = fused_copy(eager)
-    original, switched = classes(eager), classes(fused)
+    original, running_fused = classes(eager), switched(fused)
     x = inputs(name, "cpu")
     for _ in range(2):
         assert_right_in_inference(fused.cpu(), eager, x)
         fused.cuda()
-        assert placed(fused) == {"cuda"} and classes(fused) == switched
+        assert placed(fused) == {"cuda"} and switched(fused) == running_fused
         assert_right_in_inference(fused, eager, x.cuda())
         fused.train()(x.cuda()).square().mean().backward()
         with torch.no_grad():
@@ -86,7 +87,7 @@ def test_there_and_back(name):
         assert_right_in_inference(fused, eager, x.cuda())
     next(fused.parameters()).data.mul_(-1)  # no version counter tells of it; moving does
     assert_right_in_inference(fused.cpu(), eager, x)
-    assert classes(rf.unfuse(fused)) == original
+    assert classes(rf.unfuse(fused)) == original and not switched(fused)
     assert placed(fused) == {"cpu"}
     assert_right_in_inference(fused, eager, x)
 
@@ -113,7 +114,7 @@ def test_saved_on_one_device_and_loaded_on_another(source, target, tmp_path):
     fused, _ = fused_copy(eager.to(source))
     torch.save(fused, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False, map_location=target)
-    assert classes(loaded) == classes(fused)
+    assert classes(loaded) == classes(fused) and switched(loaded) == switched(fused)
     assert placed(loaded) == {target}
     assert_right_in_inference(loaded, eager, inputs("lecture", target))
     torch.save(fused.state_dict(), tmp_path / "state.pt")

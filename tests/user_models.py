@@ -305,5 +305,10 @@ def classes(model):
     return {name: type(module) for name, module in model.named_modules()}
 
 
+def switched(model):
+    """The modules that run fused."""
+    return {name for name, module in model.named_modules() if "forward" in module.__dict__}
+
+
 def tensors(model):
     return {name: id(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
