@@ -98,8 +98,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--native: {not_native}")
     if options.convolutions is not None and not_native:
         parser.error(f"--convolutions: {not_native}")
-    on_cpu = {"--small": options.small, "--profile": options.profile is not None, "--zoo": options.zoo is not None}
-    on_cpu["--overhead"] = options.overhead
+    on_cpu = {
+        "--small": options.small,
+        "--overhead": options.overhead,
+        "--profile": options.profile is not None,
+        "--zoo": options.zoo is not None,
+    }
     for name, asked in on_cpu.items():
         if asked and device.type != "cpu":
             parser.error(f"{name}: on the CPU only")

@@ -226,7 +226,8 @@ def as_record(outcome: Outcome) -> dict[str, object]:
 
 def write_json(path: Path, device: torch.device, records: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), "outcomes": records}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(record) for record in records)  # one per outcome, so that they compare line by line
+    path.write_text(f'{{"environment": {json.dumps(environment(device), indent=1)},\n"outcomes": [\n{lines}\n]}}\n')
 
 
 def save(figure: plt.Figure, path: Path) -> None:

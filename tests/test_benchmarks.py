@@ -4,7 +4,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 
 import pytest
@@ -583,8 +582,7 @@ def test_bottleneck_weights():
 
 def test_overhead_measures_every_block_in_every_mode(tmp_path, capsys):
     assert main(["--overhead", "--quick", "--output", str(tmp_path)]) == 0
-    (path,) = tmp_path.rglob("overhead.json")
-    measured = json.loads(path.read_text())["outcomes"]
+    measured = results(tmp_path, "overhead.json")["outcomes"]
     assert len(measured) == len(overhead.BLOCKS) * len(overhead.MODES)
     assert all(0 < o["eager"] < 1e6 and 0 < o["fused"] < 1e6 for o in measured)
     assert "forward in training" in capsys.readouterr().out

@@ -422,6 +422,19 @@ def test_calls_that_eager_refuses():
             model(X)
 
 
+class Nothing(nn.Module):
+    def forward(self, x):
+        return None
+
+
+def test_what_is_added_may_be_nothing():
+    model = made(lambda self, x: self.nothing(x) + self.unit(x), nothing=Nothing())
+    rf.fuse(model)
+    for call in (model, lambda x: type(model).forward(model, x)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            call(X)
+
+
 FOLDED = {
     "convolution again": lambda self, x: self.conv(F.relu(self.unit(x))),
     "batch norm again": lambda self, x: self.bn(self.conv2(F.relu(self.unit(x)))),

@@ -2,10 +2,10 @@
 # Copyright (c) the resnet_fused authors
 """Switching an existing model to fused execution. The user's forward stays the program; runs inside it are fused.
 
-``recording`` executes a forward symbolically, with ``guards`` on what that depended on; ``runs`` finds in the graph
-what ``execution`` computes in one call; ``program`` puts both together, and ``forward`` puts it on a module.
-``layers`` and ``context`` say what is plain. ``switch`` and ``folding`` have the public functions, ``report`` what they
-tell.
+``recording`` executes a forward symbolically, on ``symbols``, with ``guards`` on what that depended on and what its
+``code`` looks up; ``runs`` finds in the graph what ``execution`` computes in one call; ``program`` puts both together,
+and ``forward`` puts it on a module, ``layout`` included. ``layers`` and ``context`` say what is plain. ``switch`` and
+``folding`` have the public functions, ``report`` what they tell.
 """
 
 from resnet_fused.surgery.folding import fold

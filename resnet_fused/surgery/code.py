@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What a function looks up when it runs, read off its bytecode, and what in it no recording could repeat."""
+"""Whose code runs; what it looks up, read off its bytecode, and what in it no recording could repeat."""
 
 from __future__ import annotations
 
 import dis
 import functools
-from types import CodeType
+import sysconfig
+from types import CodeType, FrameType
 from typing import NamedTuple
+
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 # Builtins that tell a symbol from a tensor, reach around attribute access, or have effects.
 _REFUSED = {"type", "id", "callable", "vars", "dir", "globals", "locals", "eval", "exec", "setattr", "delattr"} | {
@@ -20,9 +23,12 @@ _ASKING = {"getattr", "hasattr"}
 
 
 class Lookups(NamedTuple):
-    """``globals``: names looked up in the module and among the builtins; ``attributes``: names looked up in objects,
-    constant strings included where ``getattr`` or ``hasattr`` are used; ``nested``: the code of functions inside;
-    ``reason``: why it cannot be recorded, or None."""
+    """What code looks up.
+
+    ``globals``: names in the module and among the builtins; ``attributes``: names in objects, those ``asked`` for
+    included; ``asked``: constant strings, where ``getattr`` or ``hasattr`` are used; ``nested``: the code of functions
+    inside; ``reason``: why it cannot be recorded, or None.
+    """
 
     globals: frozenset[str]
     attributes: frozenset[str]
@@ -73,3 +79,20 @@ def _is_singleton(instruction: dis.Instruction | None) -> bool:
         and instruction.opname.startswith("LOAD_CONST")
         and (instruction.argval is None or isinstance(instruction.argval, bool))
     )
+
+
+def is_of(frame: FrameType | None, package: str) -> bool:
+    """Whether ``frame`` runs code of ``package``."""
+    name = "" if frame is None else frame.f_globals.get("__name__", "")
+    return name == package or name.startswith(f"{package}.")
+
+
+def is_standard(frame: FrameType) -> bool:
+    """Whether ``frame`` runs code of Python's standard library."""
+    file = frame.f_code.co_filename
+    return (file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file) or file.startswith("<frozen")
+
+
+def is_users(frame: FrameType | None) -> bool:
+    """Whether ``frame`` runs neither torch's code, nor this package's surgery, nor the standard library's."""
+    return frame is not None and not (is_of(frame, "torch") or is_of(frame, __package__) or is_standard(frame))

@@ -16,7 +16,7 @@ from resnet_fused.surgery.forward import fused_forward
 from resnet_fused.surgery.layers import PACKED, normalises_and_activates
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.runs import Pair
-from resnet_fused.surgery.switch import _check_model, fuse
+from resnet_fused.surgery.switch import check_model, fuse
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: if ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     # In evaluation a SyncBatchNorm is a batch norm; those that are not folded get their class back.
     synchronised = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]

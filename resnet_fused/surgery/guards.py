@@ -41,7 +41,7 @@ _IMMUTABLE = (
     ModuleType,
 )
 _OF_EVERY_MODULE = {*nn.Module().__dict__}
-_REGISTRIES = ("_modules", "_parameters", "_buffers")
+REGISTRIES = ("_modules", "_parameters", "_buffers")
 
 
 def _is_immutable(value: object) -> bool:
@@ -244,7 +244,7 @@ class Guards:
             self._own_items[name] = value
         else:
             self._items[id(mapping), name] = (mapping, name, value)
-        if name in _REGISTRIES or isinstance(value, nn.Module) or _may_be_read(value):
+        if name in REGISTRIES or isinstance(value, nn.Module) or _may_be_read(value):
             return None
         if type(value) in (list, dict, set) and all(map(_is_immutable, items_of(value))):
             self._contents[id(value)] = (value, items_of(value))

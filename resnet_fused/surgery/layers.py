@@ -24,7 +24,7 @@ PACKED = "_packed"
 
 # What a call runs, on the instance before the class; nn.Module's own on the class alone.
 CALLED = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_slow_forward", "__call__", "__getattr__")
-_CALLED_INSTEAD = frozenset(CALLED[:5]) | {"_compiled_call_impl"}
+_CALLED_INSTEAD = CALLED[:5]
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -41,14 +41,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's own functions and nothing else."""
-    state = module.__dict__
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or not state.keys().isdisjoint(_CALLED_INSTEAD)
-    )
+    return not is_hooked(module) and module.__dict__.keys().isdisjoint(_CALLED_INSTEAD)
 
 
 def any_global_hooks() -> bool:
@@ -76,9 +69,8 @@ _STOOD_IN_FOR: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (torch, ("conv2d", "batch_norm", "relu", "relu_", "add")),
 )
 # Looked up by one call per owner: this is asked in every call of a fused module.
-_GENUINE = [
-    (get, owner, get(owner)) for owner, names in _STOOD_IN_FOR for get in (operator.attrgetter(*names),)
-]
+_GETTERS = [(operator.attrgetter(*names), owner) for owner, names in _STOOD_IN_FOR]
+_GENUINE = [(get, owner, get(owner)) for get, owner in _GETTERS]
 
 
 def _is_torchs_own(function: object) -> bool:

@@ -2,7 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """Whether a whole network may run on a copy of its input in channels_last, with nobody inside or outside to see it.
 
-One copy of the image is cheaper than two per block (:func:`resnet_fused.inference.prefers_channels_last`).
+Else each block copies its input and its output (:func:`resnet_fused.inference.prefers_channels_last`).
 """
 
 from __future__ import annotations

@@ -43,12 +43,15 @@ class RunCall:
         self._steps: Callable | None = None
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
-        added = {Join.NONE: None, Join.IDENTITY: x, Join.TENSOR: shortcut, Join.PROJECTION: self.projection}[self.join]
-        z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
+        joins_tensor = self.join is Join.TENSOR
+        added = x if self.join is Join.IDENTITY else shortcut if joins_tensor else self.projection
+        z = None
+        if added is not None or not joins_tensor:  # whatever adds None, eager says what becomes of it
+            z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
         if z is None:
             if self._steps is None:
                 self._steps = self._compile_steps()
-            return self._steps(module, x) if self.join is not Join.TENSOR else self._steps(module, x, shortcut)
+            return self._steps(module, x, shortcut) if joins_tensor else self._steps(module, x)
         for m in self.behind:
             z = m(z)
         return z
@@ -82,7 +85,8 @@ class Program:
         finder = Finder(module, graph)
         self.runs = finder.runs()
         self.left = dict(finder.left(self.runs))
-        # Layers that are called once and not looked into: what fold may change.
+        # By id, the modules that the forward calls or looks into, and those that it calls once and nothing else: what
+        # fold may change.
         self.calls_of = {*finder.uses} | finder.read
         self.called_once = {i for i, count in finder.uses.items() if count == 1 and i not in finder.read}
         for leaf in itertools.chain.from_iterable(run.leaves for run in self.runs):

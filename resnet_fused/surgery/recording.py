@@ -16,9 +16,7 @@ import gc
 import operator
 import random
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.code import lookups
-from resnet_fused.surgery.guards import Guards, items_of, same_items
+from resnet_fused.surgery.code import is_of, is_standard, is_users, lookups
+from resnet_fused.surgery.guards import REGISTRIES, Guards, items_of, same_items
 from resnet_fused.surgery.layers import any_global_hooks, is_container, is_hooked, is_layer, is_plain, is_sequence
+from resnet_fused.surgery.symbols import Child, Symbol, TensorSymbol
 
 
 class Left(Exception):
@@ -57,105 +56,6 @@ class Recording(NamedTuple):
     result: pytree.TreeSpec
     guards: Guards
     reads_training: bool
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Symbols
-
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor")
-
-
-class _Symbol(fx.Proxy):
-    """A value of the recorded execution."""
-
-    def _ask(self) -> type:
-        """What ``isinstance`` asks for, of the forward's own code: nobody knows of most values."""
-        if _is_users(sys._getframe(1)):
-            if self.tracer.gives_a_tensor(self.node):
-                return Tensor
-            self.tracer.refuse("forward asks for the class of a value")
-        return _Symbol
-
-    __class__ = property(_ask)
-
-    def __getattr__(self, name: str) -> fx.Proxy:
-        if not hasattr(Tensor, name) and _is_users(sys._getframe(1)):
-            self.tracer.refuse(f"forward asks for {name} of a value")
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in ("tracer", "node"):
-            self.tracer.refuse(f"forward assigns to {name} of a tensor")
-        super().__setattr__(name, value)
-
-
-def _record_in_place(name: str) -> Callable:
-    def method(self: _Symbol, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-for _name in _IN_PLACE:  # fx.Proxy would record x += y as x = x + y
-    setattr(_Symbol, f"__{_name}__", _record_in_place(_name))
-
-
-class _TensorSymbol(_Symbol):
-    """A tensor that the forward is given or its module has: also to those who ask with ``isinstance``."""
-
-    __class__ = property(lambda self: Tensor)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Children
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-# Layers and functions that return one tensor.
-_GIVE_TENSORS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish) + (
-    nn.Linear,
-    nn.Dropout,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-_FUNCTIONS_GIVE_TENSORS = (F.relu, torch.relu, torch.cat, torch.add, operator.add, operator.iadd)
-
-
-class _Child:
-    """Stands in for a child: its calls are recorded, its attributes are the child's."""
-
-    def __init__(self, recorder: _Recorder, module: nn.Module, path: str):
-        self.__dict__.update(_recorder=recorder, _module=module, _path=path)
-
-    __class__ = property(lambda self: type(self.__dict__["_module"]))
-
-    def __call__(self, *args, **kwargs) -> fx.Proxy:
-        state = self.__dict__
-        return state["_recorder"].create_proxy("call_module", state["_path"], args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        recorder, module, path = (self.__dict__[key] for key in ("_recorder", "_module", "_path"))
-        value = getattr(module, name)
-        if isinstance(value, MethodType | nn.Module) or isinstance(getattr(type(module), name, None), property):
-            recorder.refuse(f"forward uses {path}.{name}")
-        if isinstance(value, Tensor):
-            return recorder.create_proxy("get_attr", f"{path}.{name}", (), {})
-        recorder.read(module, name)
-        return recorder.mode_of(module) if name == "training" else value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        self.__dict__["_recorder"].refuse(f"forward assigns to {self.__dict__['_path']}.{name}")
-
-    def __bool__(self) -> bool:
-        return bool(self.__dict__["_module"])
-
-    def __len__(self) -> int:
-        return len(self.__dict__["_module"])
-
-    def __iter__(self) -> Iterator:
-        self.__dict__["_recorder"].refuse(f"forward looks into {self.__dict__['_path']}")
-
-    __getitem__ = __contains__ = __iter__
 
 
 def _looks_through(module: nn.Module) -> bool:
@@ -191,8 +91,15 @@ _TORCH = (
 _OF_TORCH_ITSELF = ("_assert",)  # in torch/__init__.py
 # Decorators of a forward, which are called by nobody but us.
 _CONTEXTS = ("torch.utils._contextlib", "torch.amp.", "torch.autograd.grad_mode")
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _PURE_LIBRARY = ("functools", "contextlib", "collections", "typing", "enum", "copy", "abc", "operator", "itertools")
+# Layers and functions that return one tensor.
+_GIVE_TENSORS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish) + (
+    nn.Linear,
+    nn.Dropout,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+)
+_FUNCTIONS_GIVE_TENSORS = (F.relu, torch.relu, torch.cat, torch.add, operator.add, operator.iadd)
 # What may answer differently the next time.
 _CHANGING = {"time", "perf_counter", "monotonic", "is_grad_enabled", "is_inference_mode_enabled"} | {
     "is_autocast_enabled",
@@ -240,7 +147,7 @@ class _Recorder(fx.Tracer):
         self.root = None
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return (_TensorSymbol if node.op in ("placeholder", "get_attr") else _Symbol)(node, self)
+        return (TensorSymbol if node.op in ("placeholder", "get_attr") else Symbol)(node, self)
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _context() != self.context:
@@ -285,7 +192,7 @@ class _Recorder(fx.Tracer):
                 continue
             if isinstance(value, Tensor):
                 value = self.create_proxy("get_attr", f"{prefix}{name}", (), {})
-            elif type(value) in (list, dict, set) and name not in _REGISTRIES:
+            elif type(value) in (list, dict, set) and name not in REGISTRIES:
                 self.containers.append((copy.copy(value), value))
                 value = self.containers[-1][0]  # for the forward to write on
             twin.__dict__[name] = value
@@ -303,21 +210,21 @@ class _Recorder(fx.Tracer):
         self.guards.add_module(module)
         return twin
 
-    def stand_in(self, child: nn.Module, path: str) -> nn.Module | _Child:
+    def stand_in(self, child: nn.Module, path: str) -> nn.Module | Child:
         if is_container(child) or _looks_through(child):
             return self.twin(child, f"{path}.")
-        return _Child(self, child, path)
+        return Child(self, child, path)
 
     def watch(self, frame: FrameType, event: str, function: object) -> None:
         """A profile function: notes what the forward's own code reads, and refuses what a graph cannot repeat."""
         if event == "c_call":
-            if _is_users(frame):
+            if is_users(frame):
                 name = getattr(function, "__name__", "")
                 if name in _CHANGING:
                     self.refuse(f"forward calls {name}")
                 if name in _RANDOM or _is_generator(getattr(function, "__self__", None)):
                     self.refuse("forward draws random numbers")
-        elif event == "call" and not _is_of(frame, __package__):
+        elif event == "call" and not is_of(frame, __package__):
             self.enter(frame)
 
     def enter(self, frame: FrameType) -> None:
@@ -325,8 +232,8 @@ class _Recorder(fx.Tracer):
         if home.startswith(_CONTEXTS):
             self.refuse("forward changes grad mode or autocast")
         known = home.startswith(_TORCH) or code.co_name in _OF_TORCH_ITSELF
-        if _is_of(frame, "torch") or _is_standard(frame):
-            if not known and not home.startswith(_PURE_LIBRARY) and _is_users(frame.f_back):
+        if is_of(frame, "torch") or is_standard(frame):
+            if not known and not home.startswith(_PURE_LIBRARY) and is_users(frame.f_back):
                 what = "draws random numbers" if home == "random" else f"calls {home}.{code.co_name}"
                 self.refuse(f"forward {what}")
             return
@@ -361,20 +268,6 @@ def _is_registered(module: nn.Module, name: str) -> bool:
     return name in module._modules or name in module._parameters or name in module._buffers
 
 
-def _is_of(frame: FrameType | None, package: str) -> bool:
-    name = "" if frame is None else frame.f_globals.get("__name__", "")
-    return name == package or name.startswith(f"{package}.")
-
-
-def _is_standard(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return (file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file) or file.startswith("<frozen")
-
-
-def _is_users(frame: FrameType | None) -> bool:
-    return frame is not None and not (_is_of(frame, "torch") or _is_of(frame, __package__) or _is_standard(frame))
-
-
 def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: bool) -> Recording:
     """Execute ``module.forward`` symbolically.
 
@@ -398,7 +291,7 @@ def record(module: nn.Module, pattern: tuple[tuple, dict[str, Any]], training: b
         ]
         args, kwargs = pytree.tree_unflatten(symbols, structure)
         twin = recorder.twin(module)
-        attributes = {name: dict(twin.__dict__[name]) for name in _REGISTRIES}
+        attributes = {name: dict(twin.__dict__[name]) for name in REGISTRIES}
         attributes["__dict__"] = dict(twin.__dict__)
         forward = type(module).forward
         collects = gc.isenabled()

@@ -73,9 +73,14 @@ class Run:
         return any(p.norm is None for p in inner) or (len(self.units) == 1 and self.units[0].norm is None)
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """Its convolutions and batch norms."""
+        return [m for p in self.pairs for m in p if m is not None]
+
+    @property
     def leaves(self) -> list[nn.Module]:
         """The modules that it does not call."""
-        return [m for p in self.pairs for m in p if m is not None] + list(self.silent)
+        return [*self.layers, *self.silent]
 
     def __str__(self) -> str:
         text = " ".join(_spelt(p, relu) for p, relu in self._steps())
@@ -184,18 +189,20 @@ class Finder:
         chain = _Chain(_operand(node))
         seen: set[nn.Module] = set()
         while node is not None:
-            pair, nodes, silent, relu, behind, following = self.unit_from(node, allow_bare_norm=not chain.units)
-            if pair is None or any(m in seen for m in pair if m is not None):
+            unit, following = self.unit_from(node)
+            (pair,) = unit.units
+            if any(m in seen for m in pair if m is not None):
                 break
             if chain.units and self.splits(chain, pair):
                 yield chain
                 chain = _Chain(chain.end)
             seen.update(m for m in pair if m is not None)
             chain.units.append(pair)
-            chain.nodes += nodes
-            chain.silent += silent
-            chain.relu, chain.behind = relu, behind
-            node = following if relu and following is not None and self.kind(following) is _Kind.CONV else None
+            chain.nodes += unit.nodes
+            chain.silent += unit.silent
+            chain.relu, chain.behind = unit.relu, unit.behind
+            goes_on = unit.relu and following is not None and self.kind(following) is _Kind.CONV
+            node = following if goes_on else None
         if chain.units:
             yield chain
 
@@ -204,19 +211,17 @@ class Finder:
         bare = [p.norm is None for p in chain.units]
         return (all(bare) and pair.norm is not None) or (bare[-1] and not all(bare))
 
-    def unit_from(self, node: fx.Node, allow_bare_norm: bool) -> tuple:
-        """A unit that begins at ``node``: pair, nodes, silent modules, ReLU or not, modules behind, what follows."""
+    def unit_from(self, node: fx.Node) -> tuple[_Chain, fx.Node | None]:
+        """The unit that begins at ``node``, a convolution or a batch norm, and the node that alone uses it."""
         conv = norm = None
-        nodes: list[fx.Node] = []
-        silent: list[nn.Module] = []
-        relu, behind = False, ()
+        unit = _Chain(_operand(node))
 
         def advance(current: fx.Node) -> fx.Node | None:
-            nodes.append(current)
+            unit.nodes.append(current)
             following = self.follower(current)
             while following is not None and self.kind(following) is _Kind.IDENTITY:
-                nodes.append(following)
-                silent.append(self.child(following))
+                unit.nodes.append(following)
+                unit.silent.append(self.child(following))
                 following = self.follower(following)
             return following
 
@@ -224,21 +229,21 @@ class Finder:
         if self.kind(node) is _Kind.CONV:
             conv = self.child(node)
             following = advance(node)
-        elif not allow_bare_norm:
-            return None, nodes, silent, relu, behind, None
         if following is not None and self.kind(following) is _Kind.NORM:
             norm = self.child(following)
             following = advance(following)
             if normalises_and_activates(norm):
-                relu, behind = _activation_of(norm)
-                if relu:
-                    silent += [norm.drop, norm.act]
-        if not behind and not relu and following is not None and self.kind(following) is _Kind.RELU:
-            relu = True
+                unit.relu, unit.behind = _activation_of(norm)
+                if unit.relu:
+                    unit.silent += [norm.drop, norm.act]
+        activated = unit.relu or unit.behind
+        if not activated and following is not None and self.kind(following) is _Kind.RELU:
+            unit.relu = True
             if following.op == "call_module":
-                silent.append(self.child(following))
+                unit.silent.append(self.child(following))
             following = advance(following)
-        return Pair(conv, norm), nodes, silent, relu, behind, None if behind else following
+        unit.units.append(Pair(conv, norm))
+        return unit, None if unit.behind else following
 
     # Joins ---------------------------------------------------------------------------------------------------
 

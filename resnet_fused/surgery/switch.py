@@ -19,7 +19,8 @@ from resnet_fused.surgery.report import Entry, FuseReport, Share
 from resnet_fused.surgery.runs import Run
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Raises TypeError if ``model`` is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
@@ -46,7 +47,7 @@ def fuse(model: nn.Module, verbose: bool = False) -> FuseReport:
     Raises:
         TypeError: if ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     named = _modules(model)
     known = {id(m) for _, m in named if fused_forward(m) is not None}
     reasons: dict[int, str] = {}
@@ -123,13 +124,12 @@ def _report(
         if id(module) in programs:
             training, evaluation = programs[id(module)]
             fused = [run for run in training.runs if not run.for_inference_only]
-            inferred = [*evaluation.runs]
-            layers = {id(m) for run in inferred for p in run.pairs for m in p if m is not None}
+            layers = {id(m) for run in evaluation.runs for m in run.layers}
             if not layers <= covered[1]:
                 report.entries.append(_entry(name, module, training, evaluation, id(module) in known))
             said |= layers | {id(m) for m in evaluation.left}
-            for seen, runs in zip(covered, (fused, inferred), strict=True):
-                seen.update(id(m) for run in runs for p in run.pairs for m in p if m is not None)
+            covered[0].update(id(m) for run in fused for m in run.layers)
+            covered[1].update(layers)
         elif id(module) in reasons:
             own = _own_layers(module)
             if isinstance(module, torch.jit.ScriptModule) or (own and not own <= said):
@@ -175,7 +175,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: if ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     for module in model.modules():
         forward = fused_forward(module)
         if forward is not None and not forward.born_fused:
@@ -198,7 +198,7 @@ def set_memory(model: nn.Module, memory: str) -> int:
         TypeError: if ``model`` is no module.
         ValueError: if ``memory`` is anything else.
     """
-    _check_model(model)
+    check_model(model)
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory: expected one of {MEMORY_MODES}, got {memory!r}")
     chosen: list[FusedForward] = [f for m in model.modules() if (f := fused_forward(m)) is not None]
