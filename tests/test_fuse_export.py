@@ -58,11 +58,11 @@ def test_torchscript(make):
     for other in (model, nn.Sequential(model)):
         scripted = torch.jit.script(other)
         torch.testing.assert_close(scripted(x), expected)
-        assert "resnet_fused" not in str(scripted.inlined_graph)
+        assert "resnet_fused::" not in str(scripted.inlined_graph)  # its operators; the folder may be called anything
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), expected)
-    assert "resnet_fused" not in str(traced.inlined_graph)
+    assert "resnet_fused::" not in str(traced.inlined_graph)
 
 
 def test_torchscript_of_a_folded_model(tmp_path):
