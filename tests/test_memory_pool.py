@@ -56,10 +56,58 @@ def test_freed_memory_is_used_again():
     assert torch.equal(z, y)
 
 
-def test_a_block_much_larger_is_not_taken():
-    apply(activation(8))
-    used, _, z = change(lambda: apply(activation(4)))
-    assert used == 4 * MIB
+def test_a_block_serves_several_and_is_whole_again():
+    address = apply(activation(8)).data_ptr()
+    before = _C.memory_pool_state()
+    halves = [apply(activation(4)), apply(activation(3)), apply(activation(1))]
+    state = _C.memory_pool_state()
+    assert (state["in_use"] - before["in_use"], state["waiting"]) == (8 * MIB, 0)
+    assert sorted(h.data_ptr() - address for h in halves) == [0, 4 * MIB, 7 * MIB]
+    for i in (1, 0, 2):  # neighbours on both sides, on one, and none yet
+        halves[i] = None
+    used, waiting, z = change(lambda: apply(activation(8)))
+    assert (used, waiting, z.data_ptr()) == (8 * MIB, -8 * MIB, address)
+
+
+def test_the_smallest_that_fits_is_taken():
+    large, small = apply(activation(8)), apply(activation(4))
+    address = small.data_ptr()
+    del large, small
+    assert apply(activation(3)).data_ptr() == address
+
+
+def test_parts_do_not_overlap():
+    apply(activation(32))
+    sources = [activation(mib) for mib in (3, 5, 1, 7, 2)]
+    results = [apply(s) for s in sources]
+    results[1] = results[3] = None
+    results[1], results[3] = apply(sources[1]), apply(sources[3])
+    assert all(torch.equal(r, s) for r, s in zip(results, sources, strict=True))
+
+
+def test_the_same_calls_again_take_nothing_from_the_system():
+    """Also where what lives longer lies in the midst of a block, so that another one was needed."""
+    y = {mib: activation(mib) for mib in (1, 2, 4, 6, 8)}
+
+    def calls():
+        first, second = apply(y[8]), apply(y[8])
+        del first, second
+        small = apply(y[2])
+        large = apply(y[8]), apply(y[8])
+        del small, large
+        return apply(y[4]), apply(y[6]), apply(y[1])
+
+    def held():
+        return sum(_C.memory_pool_state().values())
+
+    results = calls()
+    del results
+    expected = held()
+    for _ in range(5):
+        results = calls()
+        assert held() == expected
+        del results
+        assert held() == expected
 
 
 def test_never_holds_more_than_was_in_use_together():
@@ -73,11 +121,12 @@ def test_never_holds_more_than_was_in_use_together():
 
 
 def test_what_waits_too_long_is_given_back():
-    apply(activation(8))
+    large = apply(activation(8)), apply(activation(9))
+    del large
     small = activation(1)
     for _ in range(1100):
         apply(small)
-    assert _C.memory_pool_state()["waiting"] == MIB
+    assert _C.memory_pool_state()["waiting"] == 8 * MIB  # the one that is in use now and then
 
 
 def test_small_tensors_are_left_to_torch():
@@ -88,9 +137,7 @@ def test_convolutions_come_from_it_and_nothing_else_does():
     x, weight = torch.randn(4, 16, 64, 64), torch.randn(16, 16, 1, 1)
     used, _, y = change(lambda: ops.convolution(x, weight, None, (1, 1), (0, 0), (1, 1), 1))
     assert used == MIB
-    used, _, grads = change(
-        lambda: ops.convolution_backward(y, x, weight, (1, 1), (0, 0), (1, 1), 1, True, True)
-    )
+    used, _, grads = change(lambda: ops.convolution_backward(y, x, weight, (1, 1), (0, 0), (1, 1), 1, True, True))
     assert used == MIB
     assert change(lambda: torch.conv2d(x, weight))[:2] == (0, 0)
     with pytest.raises(RuntimeError):

@@ -15,10 +15,18 @@
 namespace resnet_fused::cpu {
 namespace {
 
-struct Block {
-  void* data;
+constexpr size_t kGranule = 4096;  // segments begin on pages where their block does
+
+// A part of a block that the system gave; neighbours lie next to each other.
+struct Segment {
+  char* data;
   size_t bytes;
+  Segment* before;  // of the same block; null at its ends
+  Segment* behind;
+  bool used;
   int64_t freed_at;  // the number of allocations until then
+
+  bool whole() const { return !before && !behind; }
 };
 
 class MemoryPool final : public c10::Allocator {
@@ -31,7 +39,7 @@ class MemoryPool final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kPooledBytes) return c10::GetDefaultCPUAllocator()->allocate(bytes);
-    void* data = take(bytes);
+    void* data = take((bytes + kGranule - 1) / kGranule * kGranule);
     return {data, data, [](void* pointer) { instance().give_back(pointer); }, c10::Device(c10::kCPU)};
   }
 
@@ -42,12 +50,17 @@ class MemoryPool final : public c10::Allocator {
     const std::lock_guard lock(mutex_);
     const auto found = used_.find(data);
     if (found == used_.end()) return false;
-    const size_t bytes = found->second;
+    Segment* segment = found->second;
     used_.erase(found);
-    in_use_ -= bytes;
-    waiting_bytes_ += bytes;
-    waiting_.push_back({data, bytes, allocations_});
-    report(data, -static_cast<int64_t>(bytes));
+    in_use_ -= segment->bytes;
+    waiting_bytes_ += segment->bytes;
+    report(data, -static_cast<int64_t>(segment->bytes));
+    segment->used = false;
+    segment->freed_at = allocations_;
+    if (segment->before && !segment->before->used) segment = join(segment->before);
+    if (segment->behind && !segment->behind->used) segment = join(segment);
+    std::erase(waiting_, segment);
+    waiting_.push_back(segment);
     return true;
   }
 
@@ -71,45 +84,67 @@ class MemoryPool final : public c10::Allocator {
   void* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     ++allocations_;
-    // The smallest that fits if it wastes at most an eighth; of equals the one freed last, parts of which may still
-    // be in a cache.
-    auto best = waiting_.end();
-    for (auto block = waiting_.begin(); block != waiting_.end(); ++block) {
-      const bool fits = block->bytes >= bytes && block->bytes - bytes <= bytes / 8;
-      if (fits && (best == waiting_.end() || block->bytes <= best->bytes)) best = block;
-    }
-    void* data = nullptr;
-    if (best != waiting_.end()) {
-      data = best->data;
-      bytes = best->bytes;
-      waiting_bytes_ -= bytes;
-      waiting_.erase(best);
+    // The smallest that fits; of equals the one freed last, parts of which may still be in a cache.
+    Segment* best = nullptr;
+    for (Segment* segment : waiting_) {
+      if (segment->bytes >= bytes && (!best || segment->bytes <= best->bytes)) best = segment;
     }
     in_use_ += bytes;
-    peak_ = std::max(peak_, in_use_);
+    if (best) {
+      std::erase(waiting_, best);
+      waiting_bytes_ -= bytes;
+      if (best->bytes > bytes) split(best, bytes);
+    }
+    size_t occupied = in_use_;  // with what waits in blocks of which something is used
+    for (const Segment* segment : waiting_) occupied += segment->whole() ? 0 : segment->bytes;
+    peak_ = std::max(peak_, occupied);
     release(peak_ - in_use_, allocations_ - kMaxAge);
-    if (data == nullptr) {
+    if (!best) {
       try {
-        data = c10::alloc_cpu(bytes);
+        best = new Segment{static_cast<char*>(c10::alloc_cpu(bytes)), bytes, nullptr, nullptr, true, 0};
       } catch (...) {
         in_use_ -= bytes;
         throw;
       }
     }
-    used_.emplace(data, bytes);
-    report(data, static_cast<int64_t>(bytes));
-    return data;
+    best->used = true;
+    used_.emplace(best->data, best);
+    report(best->data, static_cast<int64_t>(bytes));
+    return best->data;
   }
 
-  // Returns waiting blocks to the system, those that were freed first first, until at most `keep` bytes wait and none
-  // was freed before `oldest`.
+  // Leaves `bytes` of a segment; the rest waits.
+  void split(Segment* segment, size_t bytes) {
+    auto* rest =
+        new Segment{segment->data + bytes, segment->bytes - bytes, segment, segment->behind, false, segment->freed_at};
+    if (rest->behind) rest->behind->before = rest;
+    segment->behind = rest;
+    segment->bytes = bytes;
+    waiting_.push_back(rest);
+  }
+
+  // Makes one of a segment and the one behind it, neither of them used.
+  Segment* join(Segment* segment) {
+    Segment* rest = segment->behind;
+    segment->bytes += rest->bytes;
+    segment->freed_at = std::max(segment->freed_at, rest->freed_at);
+    segment->behind = rest->behind;
+    if (rest->behind) rest->behind->before = segment;
+    std::erase(waiting_, rest);
+    delete rest;
+    return segment;
+  }
+
+  // Returns blocks of which nothing is used to the system, those that were freed first first, until at most `keep`
+  // bytes wait and none was freed before `oldest`.
   void release(size_t keep, int64_t oldest) {
-    auto end = waiting_.begin();
-    for (; end != waiting_.end() && (waiting_bytes_ > keep || end->freed_at < oldest); ++end) {
-      c10::free_cpu(end->data);
-      waiting_bytes_ -= end->bytes;
-    }
-    waiting_.erase(waiting_.begin(), end);
+    std::erase_if(waiting_, [&](Segment* segment) {
+      if (!segment->whole() || (waiting_bytes_ <= keep && segment->freed_at >= oldest)) return false;
+      c10::free_cpu(segment->data);
+      waiting_bytes_ -= segment->bytes;
+      delete segment;
+      return true;
+    });
   }
 
   void report(void* data, int64_t bytes) const {
@@ -119,9 +154,9 @@ class MemoryPool final : public c10::Allocator {
   }
 
   std::mutex mutex_;
-  std::vector<Block> waiting_;  // in the order they were freed
-  std::unordered_map<void*, size_t> used_;
-  size_t in_use_ = 0, waiting_bytes_ = 0, peak_ = 0;
+  std::vector<Segment*> waiting_;  // about in the order they were freed
+  std::unordered_map<void*, Segment*> used_;
+  size_t in_use_ = 0, waiting_bytes_ = 0, peak_ = 0;  // peak_: of all blocks of which something was used
   int64_t allocations_ = 0;
 };
 

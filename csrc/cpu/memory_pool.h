@@ -16,8 +16,9 @@ namespace resnet_fused::cpu {
 inline constexpr size_t kPooledBytes = size_t{1} << 20;
 inline constexpr int64_t kMaxAge = 1024;
 
-// Serves blocks of at least kPooledBytes and leaves smaller ones to PyTorch's allocator. Never holds more than was
-// once in use together; a block that waited for kMaxAge allocations goes back to the system.
+// Serves at least kPooledBytes at a time and leaves what is smaller to PyTorch's allocator. A waiting block serves
+// several smaller tensors, too. Blocks of which nothing is used go back to the system if all are more than once were in
+// use together, in whole or in part, or after kMaxAge allocations.
 c10::Allocator& memory_pool();
 
 struct PoolState {
