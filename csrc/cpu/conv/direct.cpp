@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "chunks.h"
 #include "operand.h"
@@ -73,28 +74,44 @@ class Direct {
       for (int64_t u = begin; u < end; ++u) fill(unit_at(plan_, u), scratch.at<char>((u - begin) * unit_bytes));
     }
     float* acc = scratch.at<float>(plan_.units_per_block * unit_bytes);
+    std::vector<ProductRun> runs;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t channel = panel * kPanel, width = width_of(panel);
       for (int64_t u = begin; u < end; ++u) {
         const Unit unit = unit_at(plan_, u);
         for (const Parity& parity : plan_.parities) {
-          const int64_t rows = plan_.pointwise ? 1 : std::min<int64_t>(unit.last, parity.rows) - unit.first;
-          if (rows <= 0) continue;
-          const int64_t columns = plan_.pointwise ? unit.last - unit.first : parity.columns;
-          const int64_t positions = plan_.pointwise ? columns : plan_.pitch / plan_.column_stride;
-          multiply(unit, parity, (rows - 1) * positions + columns, panel, width,
-                   scratch.at<char>((u - begin) * unit_bytes), acc);
-          PanelSums* gathered = nullptr;
-          for (int64_t i = 0; i < rows; ++i) {
-            const float* results = acc + i * positions * kPanel;
-            const Pixels target = target_pixels(unit, parity, unit.first + i, columns);
-            if (i == 0) gathered = sums.begin(results, kPanel, target, channel, width);
-            results_.finish(results, kPanel, target, channel, width, gathered);
-          }
-          sums.add(rows * columns, channel, width);
+          locate(unit, parity, panel, scratch.at<char>((u - begin) * unit_bytes), runs);
+          run_product(unit, parity, panel, runs, acc, sums);
         }
       }
     }
+  }
+
+  void run_product(const Unit& unit, const Parity& parity, int64_t panel, const std::vector<ProductRun>& runs,
+                   float* acc, ChunkSums& sums) const {
+    const int64_t rows = plan_.pointwise ? 1 : std::min<int64_t>(unit.last, parity.rows) - unit.first;
+    if (rows <= 0) return;
+    const int64_t columns = plan_.pointwise ? unit.last - unit.first : parity.columns;
+    const int64_t positions = plan_.pointwise ? columns : plan_.pitch / plan_.column_stride;
+    const int64_t channel = panel * kPanel, width = width_of(panel);
+    Products products{runs.data(), static_cast<int>(runs.size()), pixel_pitch(), 0};
+    const bool in_registers = results_.multiplies(width);
+    if (!in_registers) {
+      multiply(products, (rows - 1) * positions + columns, width, acc);
+    } else if (sums.want_first(channel)) {
+      multiply(products, std::min(columns, ChunkSums::kFirstPixels), width, acc);
+    }
+    PanelSums* gathered = nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      const Pixels target = target_pixels(unit, parity, unit.first + i, columns);
+      if (i == 0) gathered = sums.begin(acc, kPanel, target, channel, width);
+      products.first = i * positions;
+      if (in_registers) {
+        results_.multiply(products, target, channel, gathered);
+      } else {
+        results_.finish(acc + products.first * kPanel, kPanel, target, channel, width, gathered);
+      }
+    }
+    sums.add(rows * columns, channel, width);
   }
 
   Pixels target_pixels(const Unit& unit, const Parity& parity, int64_t row, int64_t columns) const {
@@ -150,30 +167,36 @@ class Direct {
     return false;
   }
 
-  void multiply(const Unit& unit, const Parity& parity, int64_t m, int64_t panel, int64_t width, const char* scratch,
-                float* acc) const {
-    const int64_t n = (width + 15) / 16 * 16, channels = plan_.padded_channels;
-    if (parity.runs.empty()) {
-      std::memset(acc, 0, m * kPanel * sizeof(float));
-      return;
-    }
+  // Values between the rows of a product's first operand.
+  int64_t pixel_pitch() const { return plan_.padded_channels * (plan_.pointwise ? 1 : plan_.column_stride); }
+
+  // Where a unit's operands lie.
+  void locate(const Unit& unit, const Parity& parity, int64_t panel, const char* scratch,
+              std::vector<ProductRun>& runs) const {
+    const int64_t pixel_bytes = plan_.padded_channels * value_bytes_;
     const char* weights = packed_ + (panel * plan_.weight_rows + parity.first_weight_row) * kPanel * value_bytes_;
-    bool add = false;
+    runs.clear();
     for (const TapRun& run : parity.runs) {
       const char* a = scratch;
-      int64_t pixel_pitch = channels;
       if (in_place_) {
-        a = static_cast<const char*>(source_.x) + unit.first * channels * value_bytes_;
+        a = static_cast<const char*>(source_.x) + unit.first * pixel_bytes;
       } else if (!plan_.pointwise) {
         const int64_t row = run.row - plan_.first_row;
         const int64_t line = row % plan_.source_step_h * rows_per_phase_ + row / plan_.source_step_h;
         const int64_t column = (run.column - plan_.first_column) / plan_.column_step;
-        a += (line * plan_.pitch + column) * channels * value_bytes_;
-        pixel_pitch *= plan_.column_stride;
+        a += (line * plan_.pitch + column) * pixel_bytes;
       }
-      const char* b = weights + run.weight_row * kPanel * value_bytes_;
-      kernel_.multiply(m, n, run.depth, pixel_pitch, kPanel, kPanel, add, a, b, acc);
-      add = true;
+      runs.push_back({a, weights + run.weight_row * kPanel * value_bytes_, run.depth});
+    }
+  }
+
+  // The first `m` rows of the products.
+  void multiply(const Products& products, int64_t m, int64_t width, float* acc) const {
+    if (products.count == 0) std::memset(acc, 0, m * kPanel * sizeof(float));
+    for (int i = 0; i < products.count; ++i) {
+      const ProductRun& run = products.runs[i];
+      kernel_.multiply(m, (width + 15) / 16 * 16, run.depth, products.pixel_pitch, kPanel, kPanel, i > 0, run.a, run.b,
+                       acc);
     }
   }
 

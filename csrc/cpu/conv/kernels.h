@@ -65,6 +65,20 @@ struct BackwardEpilogue {
   void* dx;
 };
 
+// Rows of `depth` neighbouring values, `pixel_pitch` apart, by rows of a packed panel; the products are summed.
+struct ProductRun {
+  const void* a;
+  const void* b;
+  int64_t depth;
+};
+
+struct Products {
+  const ProductRun* runs;
+  int count;
+  int64_t pixel_pitch;
+  int64_t first;  // the row of the first pixel
+};
+
 // A filter tap's matrix, element (n, d) at n*stride_n + d*stride_d, as a panel of the microkernel's second operand:
 // [depth, kPanel], or of pairs [depth/2, kPanel, 2], zero behind `width` and `depth`.
 struct WeightPanel {
@@ -109,6 +123,9 @@ struct ConvKernels {
                          int64_t width, PanelSums* sums);
   void (*finish_backward)(const BackwardEpilogue&, const float* acc, int64_t acc_pitch, const Pixels&, int64_t channel,
                           int64_t width, PanelSums* sums);
+  // Products of float32 operands, kPanel channels, finished; null where the instruction set has too few registers.
+  void (*multiply_forward)(const Products&, const ForwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
+  void (*multiply_backward)(const Products&, const BackwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
   void (*pack)(const WeightPanel&);
   void (*finish_weights)(const WeightGradient&);
   // Winograd's transformations of a row of tiles, float32, channels in multiples of 16. B'dB of 4x4 pixels, tiles two

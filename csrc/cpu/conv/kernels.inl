@@ -158,102 +158,185 @@ void load_pairs(const Operand& o, const Pixels& pixels, int64_t channel, int64_t
 
 // ---- results ---------------------------------------------------------------------------------------------------
 
-template <class T, bool kAffine, bool kShortcut, bool kRelu, bool kSums, int kLanes>
-RESNET_FUSED_INLINE void finish_forward_lanes(const ForwardEpilogue& e, const float* acc, int64_t acc_pitch,
-                                              const Pixels& pixels, int64_t channel, int64_t i, PanelSums* sums) {
+// Calls body(lanes, vectors, i) for pieces of a pixel's channels that cover [0, n): a panel's vectors together, so that
+// a tensor is read and written in runs of cache lines that the processor fetches ahead.
+template <class Body>
+RESNET_FUSED_INLINE void for_pieces(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kPanel <= n; i += kPanel) body(Lanes<16>{}, Lanes<kPanel / 16>{}, i);
+  for_lanes(n - i, [&](auto lanes, int64_t rest) { body(lanes, Lanes<1>{}, i + rest); });
+}
+
+// The epilogue of kVectors*kLanes channels of some pixels: its constants and sums in registers, results one by one.
+template <class T, bool kAffine, bool kShortcut, bool kRelu, bool kSums, int kLanes, int kVectors>
+struct ForwardPiece {
   using V = Float<kLanes>;
   using Value = typename T::Value;
-  const int64_t c = channel + i;
-  V scale{}, shift{}, origin{}, sum{}, second{};
-  if constexpr (kAffine) {
-    scale = load_raw<V>(e.scale + c), shift = load_raw<V>(e.shift + c);
-  } else if (e.bias) {
-    shift = load_raw<V>(e.bias + c);
-  }
-  if constexpr (kSums) {
-    origin = load_raw<V>(sums->origin + i), sum = load_raw<V>(sums->sum + i), second = load_raw<V>(sums->second + i);
-  }
-  const int64_t step = pixels.step * e.channels;
-  Value* y = static_cast<Value*>(e.y) + pixels.first * e.channels + c;
-  const Value* shortcut = kShortcut ? static_cast<const Value*>(e.shortcut) + pixels.first * e.channels + c : nullptr;
-  for (int64_t p = 0; p < pixels.count; ++p) {
-    V v = load_raw<V>(acc + p * acc_pitch + i);
-    v = kAffine ? v * scale + shift : v + shift;
-    if constexpr (kShortcut) v += load<T, kLanes>(shortcut + p * step);
-    if constexpr (kRelu) v = relu(v);
-    store<T, kLanes>(y + p * step, v);
-    if constexpr (kSums) {
-      const V d = round_to<T, kLanes>(v) - origin;
-      sum += d;
-      second += d * d;
+  static constexpr int kWidth = kVectors;
+
+  ForwardPiece(const ForwardEpilogue& e, const Pixels& pixels, int64_t channel, PanelSums* panel, int64_t i)
+      : step(pixels.step * e.channels) {
+    const int64_t c = channel + i, first = pixels.first * e.channels + c;
+    y = static_cast<Value*>(e.y) + first;
+    if constexpr (kShortcut) shortcut = static_cast<const Value*>(e.shortcut) + first;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = j * kLanes;
+      if constexpr (kAffine) {
+        scale[j] = load_raw<V>(e.scale + c + at), shift[j] = load_raw<V>(e.shift + c + at);
+      } else if (e.bias) {
+        shift[j] = load_raw<V>(e.bias + c + at);
+      }
+      if constexpr (kSums) {
+        origin[j] = load_raw<V>(panel->origin + i + at);
+        sum[j] = load_raw<V>(panel->sum + i + at), second[j] = load_raw<V>(panel->second + i + at);
+      }
     }
   }
-  if constexpr (kSums) store_raw(sums->sum + i, sum), store_raw(sums->second + i, second);
-}
 
-void finish_forward(const ForwardEpilogue& e, const float* acc, int64_t acc_pitch, const Pixels& pixels,
-                    int64_t channel, int64_t width, PanelSums* sums) {
-  dispatch_conv_dtype(e.dtype, [&](auto t) {
-    using T = decltype(t);
-    const auto run = [&](auto affine, auto shortcut, auto relu, auto with_sums) {
-      for_lanes(width, [&](auto lanes, int64_t i) {
-        finish_forward_lanes<T, affine.value, shortcut.value, relu.value, with_sums.value, lanes.value>(
-            e, acc, acc_pitch, pixels, channel, i, sums);
-      });
-    };
-    if (sums) return run(Flag<false>{}, Flag<false>{}, Flag<false>{}, Flag<true>{});
-    dispatch_flag(e.scale != nullptr, [&](auto affine) {
-      dispatch_flag(e.shortcut != nullptr, [&](auto shortcut) {
-        dispatch_flag(e.relu, [&](auto relu) { run(affine, shortcut, relu, Flag<false>{}); });
-      });
-    });
-  });
-}
+  RESNET_FUSED_INLINE void finish(int64_t pixel, int j, V v) {
+    const int64_t at = pixel * step + j * kLanes;
+    v = kAffine ? v * scale[j] + shift[j] : v + shift[j];
+    if constexpr (kShortcut) v += load<T, kLanes>(shortcut + at);
+    if constexpr (kRelu) v = relu(v);
+    store<T, kLanes>(y + at, v);
+    if constexpr (kSums) {
+      const V d = round_to<T, kLanes>(v) - origin[j];
+      sum[j] += d;
+      second[j] += d * d;
+    }
+  }
 
-template <class T, bool kAddend, bool kMask, int kLanes>
-RESNET_FUSED_INLINE void finish_backward_lanes(const BackwardEpilogue& e, const float* acc, int64_t acc_pitch,
-                                               const Pixels& pixels, int64_t channel, int64_t i, PanelSums* sums) {
+  RESNET_FUSED_INLINE void prefetch(int64_t pixel, int j) const {
+    const int64_t at = pixel * step + j * kLanes;
+    if constexpr (kShortcut) __builtin_prefetch(shortcut + at);
+    __builtin_prefetch(y + at, 1);
+  }
+
+  void save(PanelSums* panel, int64_t i) const {
+    if constexpr (kSums) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        store_raw(panel->sum + i + j * kLanes, sum[j]), store_raw(panel->second + i + j * kLanes, second[j]);
+      }
+    }
+  }
+
+  int64_t step;
+  Value* y;
+  const Value* shortcut = nullptr;
+  V scale[kVectors]{}, shift[kVectors]{}, origin[kVectors]{}, sum[kVectors]{}, second[kVectors]{};
+};
+
+template <class T, bool kAddend, bool kMask, int kLanes, int kVectors>
+struct BackwardPiece {
   using V = Float<kLanes>;
   using Value = typename T::Value;
-  const int64_t c = channel + i;
-  V scale{}, shift{}, mean{}, sum{}, second{};
-  if constexpr (kMask) {
-    scale = load_raw<V>(e.scale + c), shift = load_raw<V>(e.shift + c), mean = load_raw<V>(e.mean + c);
-    sum = load_raw<V>(sums->sum + i), second = load_raw<V>(sums->second + i);
-  }
-  const int64_t first = pixels.first * e.channels + c, step = pixels.step * e.channels;
-  Value* dx = static_cast<Value*>(e.dx) + first;
-  const Value* addend = kAddend ? static_cast<const Value*>(e.addend) + first : nullptr;
-  const Value* mask_y = kMask ? static_cast<const Value*>(e.mask_y) + first : nullptr;
-  for (int64_t p = 0; p < pixels.count; ++p) {
-    V v = load_raw<V>(acc + p * acc_pitch + i);
-    if constexpr (kAddend) v += load<T, kLanes>(addend + p * step);
+  static constexpr int kWidth = kVectors;
+
+  BackwardPiece(const BackwardEpilogue& e, const Pixels& pixels, int64_t channel, PanelSums* panel, int64_t i)
+      : step(pixels.step * e.channels) {
+    const int64_t c = channel + i, first = pixels.first * e.channels + c;
+    dx = static_cast<Value*>(e.dx) + first;
+    if constexpr (kAddend) addend = static_cast<const Value*>(e.addend) + first;
     if constexpr (kMask) {
-      const V y = load<T, kLanes>(mask_y + p * step);
+      mask_y = static_cast<const Value*>(e.mask_y) + first;
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t at = j * kLanes;
+        scale[j] = load_raw<V>(e.scale + c + at), shift[j] = load_raw<V>(e.shift + c + at);
+        mean[j] = load_raw<V>(e.mean + c + at);
+        sum[j] = load_raw<V>(panel->sum + i + at), second[j] = load_raw<V>(panel->second + i + at);
+      }
+    }
+  }
+
+  RESNET_FUSED_INLINE void finish(int64_t pixel, int j, V v) {
+    const int64_t at = pixel * step + j * kLanes;
+    if constexpr (kAddend) v += load<T, kLanes>(addend + at);
+    if constexpr (kMask) {
+      const V y = load<T, kLanes>(mask_y + at);
       v = round_to<T, kLanes>(v);
       // Rounded as forward stored it: a value that underflowed to zero was stopped.
-      v = round_to<T, kLanes>(y * scale + shift) <= 0 ? V{} : v;
-      sum += v;
-      second += v * (y - mean);
+      v = round_to<T, kLanes>(y * scale[j] + shift[j]) <= 0 ? V{} : v;
+      sum[j] += v;
+      second[j] += v * (y - mean[j]);
     }
-    store<T, kLanes>(dx + p * step, v);
+    store<T, kLanes>(dx + at, v);
   }
-  if constexpr (kMask) store_raw(sums->sum + i, sum), store_raw(sums->second + i, second);
+
+  RESNET_FUSED_INLINE void prefetch(int64_t pixel, int j) const {
+    const int64_t at = pixel * step + j * kLanes;
+    if constexpr (kAddend) __builtin_prefetch(addend + at);
+    if constexpr (kMask) __builtin_prefetch(mask_y + at);
+    __builtin_prefetch(dx + at, 1);
+  }
+
+  void save(PanelSums* panel, int64_t i) const {
+    if constexpr (kMask) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        store_raw(panel->sum + i + j * kLanes, sum[j]), store_raw(panel->second + i + j * kLanes, second[j]);
+      }
+    }
+  }
+
+  int64_t step;
+  Value* dx;
+  const Value *addend = nullptr, *mask_y = nullptr;
+  V scale[kVectors]{}, shift[kVectors]{}, mean[kVectors]{}, sum[kVectors]{}, second[kVectors]{};
+};
+
+template <class T, bool kAffine, bool kShortcut, bool kRelu, bool kSums>
+struct Forward {
+  template <int kLanes, int kVectors>
+  using Piece = ForwardPiece<T, kAffine, kShortcut, kRelu, kSums, kLanes, kVectors>;
+};
+
+template <class T, bool kAddend, bool kMask>
+struct Backward {
+  template <int kLanes, int kVectors>
+  using Piece = BackwardPiece<T, kAddend, kMask, kLanes, kVectors>;
+};
+
+// call(kind) with the Forward or Backward that does what the epilogue asks for, and nothing else.
+template <class T, class Call>
+RESNET_FUSED_INLINE void dispatch_epilogue(const ForwardEpilogue& e, const PanelSums* sums, Call call) {
+  if (sums) return call(Forward<T, false, false, false, true>{});
+  dispatch_flag(e.scale != nullptr, [&](auto affine) {
+    dispatch_flag(e.shortcut != nullptr, [&](auto shortcut) {
+      dispatch_flag(e.relu, [&](auto relu) { call(Forward<T, affine.value, shortcut.value, relu.value, false>{}); });
+    });
+  });
 }
 
-void finish_backward(const BackwardEpilogue& e, const float* acc, int64_t acc_pitch, const Pixels& pixels,
-                     int64_t channel, int64_t width, PanelSums* sums) {
+template <class T, class Call>
+RESNET_FUSED_INLINE void dispatch_epilogue(const BackwardEpilogue& e, const PanelSums*, Call call) {
+  dispatch_flag(e.addend != nullptr, [&](auto addend) {
+    dispatch_flag(e.mask_y != nullptr, [&](auto mask) { call(Backward<T, addend.value, mask.value>{}); });
+  });
+}
+
+template <class Epilogue>
+void finish(const Epilogue& e, const float* acc, int64_t acc_pitch, const Pixels& pixels, int64_t channel,
+            int64_t width, PanelSums* sums) {
   dispatch_conv_dtype(e.dtype, [&](auto t) {
-    dispatch_flag(e.addend != nullptr, [&](auto addend) {
-      dispatch_flag(e.mask_y != nullptr, [&](auto mask) {
-        for_lanes(width, [&](auto lanes, int64_t i) {
-          finish_backward_lanes<decltype(t), addend.value, mask.value, lanes.value>(e, acc, acc_pitch, pixels, channel,
-                                                                                    i, sums);
-        });
+    dispatch_epilogue<decltype(t)>(e, sums, [&](auto kind) {
+      for_pieces(width, [&](auto lanes, auto vectors, int64_t i) {
+        typename decltype(kind)::template Piece<lanes.value, vectors.value> piece(e, pixels, channel, sums, i);
+        for (int64_t p = 0; p < pixels.count; ++p) {
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors.value; ++j) {
+            piece.finish(p, j, load_raw<Float<lanes.value>>(acc + p * acc_pitch + i + j * lanes.value));
+          }
+        }
+        piece.save(sums, i);
       });
     });
   });
 }
+
+#include "product.inl"
 
 // ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -523,7 +606,20 @@ void winograd_finish_weights(const WeightGradient& g, int64_t product_pitch, int
 }  // namespace
 
 const ConvKernels RESNET_FUSED_CONV_KERNELS = {
-    load,           load_transposed, load_pairs,       finish_forward,   finish_backward,   pack,
-    finish_weights, winograd_source, winograd_results, winograd_weights, winograd_gradient, winograd_finish_weights};
+    load,
+    load_transposed,
+    load_pairs,
+    finish<ForwardEpilogue>,
+    finish<BackwardEpilogue>,
+    kProductForward,
+    kProductBackward,
+    pack,
+    finish_weights,
+    winograd_source,
+    winograd_results,
+    winograd_weights,
+    winograd_gradient,
+    winograd_finish_weights,
+};
 
 }  // namespace resnet_fused::cpu

@@ -7,8 +7,6 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kOriginPixels = 16;
-
 const float* row(const void* table, int64_t index, int64_t channels) {
   return table == nullptr ? nullptr : static_cast<const float*>(table) + index * channels;
 }
@@ -48,6 +46,19 @@ void Results::finish(const float* acc, int64_t acc_pitch, const Pixels& pixels, 
   }
 }
 
+bool Results::multiplies(int64_t width) const {
+  const DType dtype = forward_ ? forward_epilogue_.dtype : backward_epilogue_.dtype;
+  return dtype == DType::Float32 && width == kPanel && kernels_.multiply_forward != nullptr;
+}
+
+void Results::multiply(const Products& products, const Pixels& pixels, int64_t channel, PanelSums* sums) const {
+  if (forward_) {
+    kernels_.multiply_forward(products, forward_epilogue_, pixels, channel, sums);
+  } else {
+    kernels_.multiply_backward(products, backward_epilogue_, pixels, channel, sums);
+  }
+}
+
 ChunkSums::ChunkSums(const Results& results) : results_(results) {
   if (!results.gathers()) return;
   count_.resize((results.channels() + kPanel - 1) / kPanel);
@@ -63,11 +74,11 @@ PanelSums* ChunkSums::begin(const float* first, int64_t acc_pitch, const Pixels&
   if (!results_.gathers()) return nullptr;
   panel_ = {};
   if (results_.statistics_) {
-    if (count_[channel / kPanel] > 0) {
+    if (!want_first(channel)) {
       for (int64_t i = 0; i < width; ++i) panel_.origin[i] = static_cast<float>(mean_[channel + i]);
     } else {
       // Of the first pixel, then of some about it: sums that begin near the mean do not grow, nor does their rounding.
-      for (const int64_t count : {int64_t{1}, std::min<int64_t>(pixels.count, kOriginPixels)}) {
+      for (const int64_t count : {int64_t{1}, std::min<int64_t>(pixels.count, kFirstPixels)}) {
         results_.finish(first, acc_pitch, {pixels.first, pixels.step, count}, channel, width, &panel_);
         for (int64_t i = 0; i < width; ++i) panel_.origin[i] += panel_.sum[i] / static_cast<float>(count);
         std::fill_n(panel_.sum, kPanel, 0.0f);

@@ -22,6 +22,11 @@ class Results {
   void finish(const float* acc, int64_t acc_pitch, const Pixels& pixels, int64_t channel, int64_t width,
               PanelSums* sums) const;
 
+  // Whether multiply() computes products of so many channels.
+  bool multiplies(int64_t width) const;
+  // The same for results that have yet to be multiplied: in registers, never stored in between.
+  void multiply(const Products& products, const Pixels& pixels, int64_t channel, PanelSums* sums) const;
+
   int64_t channels() const { return channels_; }
   bool gathers() const { return statistics_ || sums_; }
 
@@ -41,7 +46,11 @@ class ChunkSums {
  public:
   explicit ChunkSums(const Results& results);
 
-  // Around a product's results: begin() before they are finished, `first` being those of the first pixel; add() behind.
+  static constexpr int64_t kFirstPixels = 16;
+
+  // Around a product's results: begin() before they are finished, `first` being those of its first kFirstPixels pixels,
+  // which are read if want_first() says so; add() behind.
+  bool want_first(int64_t channel) const { return results_.statistics_ && count_[channel / kPanel] == 0; }
   PanelSums* begin(const float* first, int64_t acc_pitch, const Pixels& pixels, int64_t channel, int64_t width);
   void add(int64_t pixels, int64_t channel, int64_t width);
   // Stores channels [channel, channel + width) as tile `chunk`.

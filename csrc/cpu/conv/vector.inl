@@ -47,7 +47,7 @@ RESNET_FUSED_INLINE Float<kLanes> load(const typename T::Value* p) {
 // The bits of a value rounded to a 16-bit type, in words.
 template <class T, int kLanes>
 RESNET_FUSED_INLINE Word<kLanes> narrow(Float<kLanes> v) {
-#ifdef __AVX512BF16__
+#ifdef RESNET_FUSED_AVX512_BF16
   if constexpr (kLanes == 16 && T::kIsBFloat16) {
     return __builtin_convertvector(bit_cast<typename Vectors<16>::Half>(_mm512_cvtneps_pbh(v)), Word<16>);
   }
