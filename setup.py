@@ -42,6 +42,7 @@ CPP_SOURCES = [
     "csrc/cpu/conv/kernels_avx512_bf16.cpp",
     "csrc/cpu/conv/microkernel.cpp",
     "csrc/cpu/conv/results.cpp",
+    "csrc/cpu/conv/transposed.cpp",
     "csrc/cpu/conv/wgrad.cpp",
     "csrc/cpu/conv/wgrad_plan.cpp",
     "csrc/cpu/conv/winograd.cpp",

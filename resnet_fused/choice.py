@@ -4,8 +4,8 @@
 
 Time of the library's way (its convolution and the one-pass kernels around it; for ``PACKED`` oneDNN's convolution with
 packed weights and post-ops) over the native one's: ResNet-50's shapes, channels_last, 224x224, both in turn, medians,
-2 cores with AVX-512 and AMX, torch 2.14.1. The range over the shapes; ``python -m benchmarks --convolutions`` measures
-the training passes anew.
+2 cores with AVX-512 and AMX, torch 2.14.1; of one image with cold caches. The range over the shapes;
+``python -m benchmarks --convolutions`` measures the training passes anew.
 
 =============================== ============ ============ ============ ============
                                 float32, 16  bfloat16, 16 float32, 1   bfloat16, 1
@@ -16,12 +16,12 @@ the training passes anew.
 ``FPROP`` 3x3, stride 2         0.9 to 1.1   1.2 to 1.5   1.0 to 1.2   1.3 to 2.0
 ``FPROP`` 3 channels            0.9          0.4          0.9          0.5
 ``BACKWARD`` all                0.9 to 1.5   0.8 to 1.9   0.7 to 1.9   0.7 to 1.9
-``INFERENCE`` 1x1               1.0 to 1.2   0.8 to 1.6   1.1 to 1.7   1.1 to 2.2
-``INFERENCE`` 3x3               1.1 to 1.7   0.8 to 0.9   0.9 to 1.4   1.2 to 1.4
-``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.3   0.8 to 0.9   1.2 to 1.8
-``PACKED`` 1x1                  0.8 to 1.0   0.7 to 1.2   1.0 to 1.4   1.1 to 1.8
-``PACKED`` 3x3                  1.3 to 1.6   0.6 to 0.9   0.6 to 1.6   0.9 to 1.3
-``PACKED`` 3x3, stride 2        0.8 to 0.9   0.8 to 1.3   0.8 to 1.0   0.8 to 1.5
+``INFERENCE`` 1x1               1.0 to 1.6   1.0 to 1.5   1.3 to 2.7   0.9 to 2.5
+``INFERENCE`` 3x3               1.0 to 1.7   0.7 to 1.3   1.0 to 1.7   0.8 to 1.5
+``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.4   0.9 to 1.9   0.9 to 2.0
+``PACKED`` 1x1                  1.0 to 1.3   0.6 to 1.4   1.1 to 1.4   0.9 to 1.8
+``PACKED`` 3x3                  1.4 to 1.6   0.6 to 1.3   1.0 to 1.2   1.1 to 1.3
+``PACKED`` 3x3, stride 2        0.9          0.8 to 1.5   0.9 to 1.1   1.1 to 1.6
 =============================== ============ ============ ============ ============
 """
 
@@ -47,8 +47,7 @@ class Use(Enum):
 
 FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
-FEW_PIXELS_FLOAT = 3136
-FEWEST_TILES = 32  # of 2x2 outputs that pay for reading Winograd's 16 values per weight
+FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/transposed.h
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
@@ -73,9 +72,6 @@ def native_is_faster(
     pixels = x_shape[0] * height * width
     pointwise = weight_shape[2] == weight_shape[3] == 1
     if dtype == torch.float32:
-        if tuple(weight_shape[2:]) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1) and max(padding) <= 2:
-            tiles = x_shape[0] * ((height + 1) // 2) * ((width + 1) // 2)
-            # In the call the filter is transformed, too: the cost that csrc/cpu/conv/winograd.cpp has measured.
-            return tiles >= FEWEST_TILES if use is Use.PACKED else 9 * pixels - 16 * tiles >= 2900
-        return pointwise and (use is Use.INFERENCE or pixels <= FEW_PIXELS_FLOAT)
+        winograd = tuple(weight_shape[2:]) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1) and max(padding) <= 2
+        return pointwise or winograd or pixels <= FEWEST_PIXELS
     return pixels <= FEW_PIXELS or (pointwise and use is Use.INFERENCE)

@@ -41,6 +41,7 @@ SHAPES = {  # N, C, H, W, K, filter, stride: direct, Winograd's, both kinds of w
     "winograd": (3, 48, 30, 29, 80, 3, 1),
     "wide": (2, 320, 14, 14, 320, 3, 1),
     "wide_pointwise": (3, 640, 9, 9, 768, 1, 1),
+    "few_pixels": (2, 75, 15, 13, 200, 3, 2),
     "narrowing_pointwise": (4, 1024, 14, 14, 512, 1, 1),
 }
 
@@ -50,7 +51,7 @@ def all_passes(name, dtype):
     n, c, h, w, k, taps, stride = SHAPES[name]
     geometry = ((stride, stride), (taps // 2, taps // 2), (1, 1))
     x, weight = channels_last(n, c, h, w, dtype=dtype), channels_last(k, c, taps, taps, dtype=dtype)
-    table, backward = torch.rand(4, c), torch.rand(5, k)
+    table, affine, backward = torch.rand(4, c), torch.rand(4, k), torch.rand(5, k)
     y, _ = ops.conv_fprop(x, table, weight, None, *geometry)
     grad = torch.randn_like(y)
 
@@ -58,6 +59,7 @@ def all_passes(name, dtype):
         a, g = x * factor, grad * factor
         return (
             *ops.conv_fprop(a, table, weight, None, *geometry),
+            ops.conv_fprop_inference(a, table, weight, affine, g, True, *geometry),
             *ops.conv_dgrad(g, y, backward, weight, (h, w), *geometry, a, a, table),
             ops.conv_wgrad(g, y, backward, a, table, (taps, taps), *geometry, torch.float32),
         )
@@ -184,7 +186,11 @@ def test_auto_follows_the_table(use, dtype):
     large = faster((16, 64, 56, 56), weight3)
     assert large == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.float32)
     small = faster((1, 512, 7, 7), (512, 512, 3, 3))
-    assert small == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.bfloat16)
+    assert small
+    halved = ((2, 2), (1, 1), (1, 1))
+    assert faster((1, 512, 14, 14), (512, 512, 3, 3), halved)
+    some = faster((1, 128, 28, 28), (128, 128, 3, 3), halved)
+    assert some == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("engine", ["auto", "library", "native"])

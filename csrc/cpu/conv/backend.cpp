@@ -5,6 +5,7 @@
 #include "direct.h"
 #include "operand.h"
 #include "scratch.h"
+#include "transposed.h"
 #include "wgrad.h"
 #include "winograd.h"
 #include "winograd_wgrad.h"
@@ -74,6 +75,7 @@ int64_t kept_bytes(const ConvShape& s, DType dtype) { return weight_bytes(s, dty
 void pack_to_keep(const FpropParams& p, void* packed) { pack(p, true, winograd_fits(p.shape, p.dtype), packed); }
 
 void fprop(const FpropParams& p) {
+  if (transposed_applies(p)) return run_transposed(p);
   const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
   if (p.packed) {
     run_packed(p, true, winograd_fits(p.shape, p.dtype), source, p.packed);

@@ -22,8 +22,8 @@ void run_chunks(const Plan& plan, const Work& work, const Microkernel& kernel) {
     const MicrokernelScope scope(kernel);
     const Scratch scratch(work.scratch_bytes());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task % groups;
-      work.run(task / groups, plan.panels * group / groups, plan.panels * (group + 1) / groups, scratch);
+      const int64_t group = task / plan.chunks;  // a thread's tasks share their weights, of which few pixels need all
+      work.run(task % plan.chunks, plan.panels * group / groups, plan.panels * (group + 1) / groups, scratch);
     }
   });
 }

@@ -126,6 +126,9 @@ struct ConvKernels {
   // Products of float32 operands, kPanel channels, finished; null where the instruction set has too few registers.
   void (*multiply_forward)(const Products&, const ForwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
   void (*multiply_backward)(const Products&, const BackwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
+  // Products of `rows` by `columns` of the second operand, at most kPanel each, as out[column*kPanel + row]; what lies
+  // behind them is undefined. Null likewise.
+  void (*multiply_transposed)(const Products&, int64_t rows, int64_t columns, float* out);
   void (*pack)(const WeightPanel&);
   void (*finish_weights)(const WeightGradient&);
   // Winograd's transformations of a row of tiles, float32, channels in multiples of 16. B'dB of 4x4 pixels, tiles two

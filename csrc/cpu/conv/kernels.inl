@@ -172,7 +172,6 @@ template <class T, bool kAffine, bool kShortcut, bool kRelu, bool kSums, int kLa
 struct ForwardPiece {
   using V = Float<kLanes>;
   using Value = typename T::Value;
-  static constexpr int kWidth = kVectors;
 
   ForwardPiece(const ForwardEpilogue& e, const Pixels& pixels, int64_t channel, PanelSums* panel, int64_t i)
       : step(pixels.step * e.channels) {
@@ -232,7 +231,6 @@ template <class T, bool kAddend, bool kMask, int kLanes, int kVectors>
 struct BackwardPiece {
   using V = Float<kLanes>;
   using Value = typename T::Value;
-  static constexpr int kWidth = kVectors;
 
   BackwardPiece(const BackwardEpilogue& e, const Pixels& pixels, int64_t channel, PanelSums* panel, int64_t i)
       : step(pixels.step * e.channels) {
@@ -613,6 +611,7 @@ const ConvKernels RESNET_FUSED_CONV_KERNELS = {
     finish<BackwardEpilogue>,
     kProductForward,
     kProductBackward,
+    kProductTransposed,
     pack,
     finish_weights,
     winograd_source,
