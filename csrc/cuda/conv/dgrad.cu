@@ -19,8 +19,7 @@ namespace {
 
 // Where the tile's would spill, fewer.
 template <class T, class Tile, class Prologue>
-inline constexpr int kBlocks =
-    sizeof(typename T::Value) == 2 && Prologue::kSources == 2 ? Tile::kBlocks : 256 / Tile::kBlockThreads;
+inline constexpr int kBlocks = sizeof(typename T::Value) == 2 && Prologue::kSources == 2 ? Tile::kBlocks : 2;
 
 template <class T, class Tile, class Prologue>
 struct Dgrad {
@@ -29,8 +28,7 @@ struct Dgrad {
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
   static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
-
-  static constexpr int shared_bytes(int channels) { return kRing + ChannelTables::bytes(Prologue::kTables, channels); }
+  static constexpr int kSharedBytes = kRing + A::Ring::kBytes;
 };
 
 template <class T, class Tile, class Prologue>
@@ -39,10 +37,6 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
   using Parts = Dgrad<T, Tile, Prologue>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.k);
-  fill_tables<Prologue>(tables, p.grad.backward_coefficients, s.k, 0, s.k);
-  __syncthreads();
-
   // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
   const unsigned column_tiles = ceil_div(s.c, Tile::kN), row_tile = blockIdx.x / column_tiles;
   const SubProblem part = dgrad_sub_problem(s, row_tile, Tile::kM);
@@ -50,7 +44,7 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
   const Gather gw = dgrad_gather(s.q, s.stride_w, s.pad_w, s.dilation_w, s.s, part.parity_w);
   const PixelGrid grid{s.n, with_parity(s.h, s.stride_h, part.parity_h), with_parity(s.w, s.stride_w, part.parity_w)};
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
-  typename Parts::A a(p.grad.g, p.grad.y, tables, gh, gw, s.k, grid, part.first_row);
+  typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, shared + Parts::kRing, gh, gw, s.k, grid, part.first_row);
   typename Parts::B b(p.weight, s, gh, gw, first_column);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, a.iterations(), d);
@@ -138,7 +132,7 @@ cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
         using Prologue = decltype(prologue);
         using Parts = Dgrad<T, Tile, Prologue>;
         return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue>, p, grid, Tile::kBlockThreads,
-                                        Parts::shared_bytes(s.k), Parts::shared_bytes(kMostChannels), stream);
+                                        Parts::kSharedBytes, stream);
       };
       return p.grad.y ? launch(BackwardAffine{}) : launch(Raw{});
     });

@@ -23,8 +23,7 @@ struct Fprop {
   using Sums = ColumnSums<Tile>;
   // The ring's memory serves the epilogue afterwards.
   static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
-
-  static constexpr int shared_bytes(int channels) { return kRing + ChannelTables::bytes(Prologue::kTables, channels); }
+  static constexpr int kSharedBytes = kRing + A::Ring::kBytes;
 };
 
 // Count, mean and M2 of every column of the tile, from the values as they are stored.
@@ -60,16 +59,12 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kern
   using Parts = Fprop<T, Tile, Prologue>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.c);
-  fill_tables<Prologue>(tables, p.coefficients, s.c, 0, s.c);
-  __syncthreads();
-
   const PixelGrid grid{s.n, s.p, s.q};
   // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
   const unsigned column_tiles = ceil_div(s.k, Tile::kN), row_tile = blockIdx.x / column_tiles;
   const int64_t first_row = int64_t{row_tile} * Tile::kM;
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
-  typename Parts::A a(p.x, nullptr, tables, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
+  typename Parts::A a(p.x, nullptr, p.coefficients, shared + Parts::kRing, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
                       fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
   typename Parts::B b(p.weight, s, first_column);
   Accumulators<Tile> d = {};
@@ -134,7 +129,7 @@ cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
         using Prologue = decltype(prologue);
         using Parts = Fprop<T, Tile, Prologue>;
         return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid, Tile::kBlockThreads,
-                                        Parts::shared_bytes(s.c), Parts::shared_bytes(kMostChannels), stream);
+                                        Parts::kSharedBytes, stream);
       };
       if (p.affine) {
         return p.coefficients ? launch(AffineRelu{}, std::true_type{}) : launch(Raw{}, std::true_type{});

@@ -17,9 +17,10 @@
 
 namespace resnet_fused::cuda {
 
-using Tile128x128 = BlockTile<128, 128, 4, 2>;
-using Tile128x64 = BlockTile<128, 64, 4, 1>;
-using Tile64x64 = BlockTile<64, 64, 2, 2>;
+// Four warps each: of 64x64, 32x64 and 32x32.
+using Tile128x128 = BlockTile<128, 128, 2, 2, 2>;
+using Tile128x64 = BlockTile<128, 64, 4, 1, 3>;
+using Tile64x64 = BlockTile<64, 64, 2, 2, 4>;
 
 template <class Call>
 cudaError_t dispatch_tile(TileShape shape, Call call) {
@@ -42,11 +43,10 @@ cudaError_t dispatch_conv_dtype(DType dtype, Call call) {
   }
 }
 
-// `shared_bytes` of this launch, and the most that the kernel is ever launched with.
 template <class Params>
 cudaError_t launch_conv(void (*kernel)(const Params), const Params& p, dim3 grid, int threads, int shared_bytes,
-                        int most_shared_bytes, cudaStream_t stream) {
-  const cudaError_t status = prepare_conv(reinterpret_cast<const void*>(kernel), most_shared_bytes);
+                        cudaStream_t stream) {
+  const cudaError_t status = prepare_conv(reinterpret_cast<const void*>(kernel), shared_bytes);
   if (status != cudaSuccess) return status;
   kernel<<<grid, threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();

@@ -15,49 +15,20 @@ namespace resnet_fused::cuda {
 
 // ---- prologues -------------------------------------------------------------------------------------------------
 
-// Per-channel tables in shared memory. The two halves of every eight channels lie apart, so that threads on
-// neighbouring chunks read neighbouring 16 bytes; half a round of banks apart, so that a fill meets no bank twice.
-class ChannelTables {
- public:
-  static constexpr int floats(int tables, int channels) { return tables * 2 * half(channels); }
-  static constexpr int bytes(int tables, int channels) {
-    return floats(tables, channels) * static_cast<int>(sizeof(float));
-  }
+// What becomes of kValues neighbouring values of an operand. Their channels' coefficients are kTables rows of a table,
+// from kFirstRow on.
+template <class Prologue, int kValues>
+struct Coefficients {
+  float tables[Prologue::kTables > 0 ? Prologue::kTables : 1][kValues];
 
-  __device__ ChannelTables(float* shared, int channels) : shared_(shared), half_(half(channels)), channels_(channels) {}
-
-  // The first `count` channels of a table. Every thread of the block has to call it; followed by a barrier before the
-  // tables are read.
-  __device__ void fill(int table, const float* source, int count) {
-    for (int c = threadIdx.x; c < channels_ && c < count; c += blockDim.x) *at(table, c) = source[c];
-  }
-  // kCount: 4 or 8, and `channel` a multiple of it.
-  template <int kCount>
-  __device__ void read(int table, int channel, float (&values)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(at(table, channel + i));
-      values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
-    }
-  }
-
- private:
-  static constexpr int half(int channels) { return (channels / 2 + 31) / 32 * 32 + 16; }
-
-  __device__ float* at(int table, int c) const {
-    return shared_ + table * 2 * half_ + c / 4 % 2 * half_ + c / 8 * 4 + c % 4;
-  }
-
-  float* shared_;
-  int half_, channels_;
+  __device__ float (&operator[](int t))[kValues] { return tables[t]; }
+  __device__ const float (&operator[](int t) const)[kValues] { return tables[t]; }
 };
 
 // The operand as it is in memory.
 struct Raw {
-  static constexpr int kSources = 1, kTables = 0;
+  static constexpr int kSources = 1, kTables = 0, kFirstRow = 0;
 };
-
-// A prologue's coefficients are kTables rows of a table, from kFirstRow on.
 
 // relu(scale*v + shift): the batch norm and ReLU in front of a convolution.
 struct AffineRelu {
@@ -65,13 +36,21 @@ struct AffineRelu {
   static constexpr int kFirstRow = kScale;
   static_assert(kShift == kScale + 1);
 
+  // A NaN passes, as in eager.
   template <class T, int kValues>
   static __device__ void apply(Vector<typename T::Value, kValues>& v, const Vector<typename T::Value, kValues>&,
-                               const float (&c)[kTables][kValues]) {
+                               const Coefficients<AffineRelu, kValues>& c) {
+    float z[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const float z = fmaf(c[0][i], T::load(v[i]), c[1][i]);
-      v[i] = T::store(z < 0.0f ? 0.0f : z);  // a NaN passes, as in eager
+    for (int i = 0; i < kValues; ++i) z[i] = fmaf(c[0][i], T::load(v[i]), c[1][i]);
+    if constexpr (sizeof(typename T::Value) == 2) {
+      uint32_t words[kValues / 2];
+#pragma unroll
+      for (int i = 0; i < kValues / 2; ++i) words[i] = ptx::relu_pair<T>(z[2 * i], z[2 * i + 1]);
+      memcpy(&v, words, sizeof(v));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) v[i] = z[i] < 0.0f ? 0.0f : z[i];
     }
   }
 };
@@ -84,7 +63,7 @@ struct BackwardAffine {
 
   template <class T, int kValues>
   static __device__ void apply(Vector<typename T::Value, kValues>& g, const Vector<typename T::Value, kValues>& y,
-                               const float (&c)[kTables][kValues]) {
+                               const Coefficients<BackwardAffine, kValues>& c) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       g[i] = T::store(fmaf(c[0][i], T::load(g[i]), fmaf(c[1][i], T::load(y[i]), c[2][i])));
@@ -92,16 +71,62 @@ struct BackwardAffine {
   }
 };
 
-// Fills the tables with `count` channels from `first` on, of the `channels` that there are.
+// The coefficients of a channel, of the table's `channels`; zero beyond them.
 template <class Prologue>
-__device__ void fill_tables(ChannelTables& tables, const void* coefficients, int channels, int first, int count) {
-  if constexpr (Prologue::kTables > 0) {
-    const auto* source = static_cast<const float*>(coefficients) + Prologue::kFirstRow * channels + first;
-    const int left = channels - first;
-#pragma unroll
-    for (int t = 0; t < Prologue::kTables; ++t) tables.fill(t, source + t * channels, count < left ? count : left);
-  }
+__device__ float coefficient(const void* table, int t, int channel, int channels) {
+  return channel < channels ? static_cast<const float*>(table)[(Prologue::kFirstRow + t) * channels + channel] : 0.0f;
 }
+
+// The coefficients of the channels of one stage after another, copied a stage ahead: the barrier of the stage that they
+// came with publishes them, and the next one's transform reads them. The ring's constructor copies the first ones.
+template <class T, class Prologue>
+class CoefficientRing {
+ public:
+  static constexpr int kFloats = Prologue::kTables * kTileK<T>;
+  static constexpr int kSlotBytes = kFloats * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kStages * kSlotBytes;
+
+  __device__ CoefficientRing(const void* table, int channels, unsigned char* shared) : channels_(channels) {
+    if constexpr (kFloats > 0) {
+      const int row = threadIdx.x / kTileK<T>, first = threadIdx.x % kTileK<T>;
+      left_ = threadIdx.x < kFloats ? channels - first : INT_MIN;
+      source_ = static_cast<const float*>(table) + (Prologue::kFirstRow + row) * channels + first;
+      base_ = ptx::shared_address(shared);
+      copy();
+    }
+  }
+
+  // Of the next stage, a thread one float.
+  __device__ void copy() {
+    if constexpr (kFloats > 0) {
+      if (left_ != INT_MIN) {
+        ptx::cp_async_4(base_ + write_ + threadIdx.x * 4, source_ + channel_, channel_ < left_);
+      }
+      channel_ = channel_ + kTileK<T> < channels_ ? channel_ + kTileK<T> : 0;
+      write_ = write_ + kSlotBytes < kBytes ? write_ + kSlotBytes : 0;
+    }
+  }
+
+  // Of the oldest stage, from its `first` channel on, a multiple of four.
+  template <int kValues>
+  __device__ void read(int first, Coefficients<Prologue, kValues>& values) const {
+#pragma unroll
+    for (int t = 0; t < Prologue::kTables; ++t) {
+#pragma unroll
+      for (int i = 0; i < kValues; i += 4) {
+        const float4 v = ptx::load_shared_128(base_ + read_ + first * 4 + (t * kTileK<T> + i) * 4);
+        values[t][i] = v.x, values[t][i + 1] = v.y, values[t][i + 2] = v.z, values[t][i + 3] = v.w;
+      }
+    }
+  }
+  __device__ void advance() { read_ = read_ + kSlotBytes < kBytes ? read_ + kSlotBytes : 0; }
+
+ private:
+  const float* source_;
+  uint32_t base_;
+  int channels_, left_;
+  int channel_ = 0, write_ = 0, read_ = 0;
+};
 
 // ---- chunks of one thread --------------------------------------------------------------------------------------
 
@@ -120,64 +145,98 @@ struct Deal {
   static __device__ int first_offset() { return Layout::offset(row(0), column()); }
 };
 
-// Issues an operand's chunks, remembers which are not padding, and applies the prologue to those.
-template <class T, class Layout, class Prologue, int kThreads>
+// A chunk in shared memory, and the second tensor's `apart` bytes behind it, become what the prologue makes of them. All
+// but the store is done for padding too, so that nothing branches.
+template <class T, class Prologue>
+__device__ void transform_chunk(unsigned char* at, int apart, bool valid,
+                                const Coefficients<Prologue, kChunkValues<T>>& c) {
+  using Chunk = Vector<typename T::Value, kChunkValues<T>>;
+  Chunk v = *reinterpret_cast<const Chunk*>(at), other = v;
+  if constexpr (Prologue::kSources == 2) other = *reinterpret_cast<const Chunk*>(at + apart);
+  Prologue::template apply<T>(v, other, c);
+  if (valid) *reinterpret_cast<Chunk*>(at) = v;
+}
+
+// Copies an operand's chunks, of kSources tensors that lie behind each other in a stage.
+template <class T, class Layout, int kSources, int kThreads>
 class Copier {
  public:
   using Dealt = Deal<Layout, kThreads>;
-  static constexpr int kStageBytes = Layout::kBytes * Prologue::kSources;
-  static_assert(Dealt::kChunks * kStages <= 32, "one bit per chunk and stage");
+  static constexpr int kStageBytes = Layout::kBytes * kSources;
 
-  __device__ Copier(const void* first, const void* second, const ChannelTables& tables)
+  __device__ Copier(const void* first, const void* second)
       : first_(static_cast<const typename T::Value*>(first)),
         second_(static_cast<const typename T::Value*>(second)),
-        tables_(tables),
-        offset_(Dealt::first_offset()) {}
+        offset_(Dealt::first_offset()) {
+    ptx::keep(offset_);
+  }
 
-  // Stages are issued, or skipped, and transformed in turn, a transformed one kStages - 2 behind the one issued last.
-  __device__ void next() { valid_ >>= Dealt::kChunks; }
-
-  // Chunk i of the stage from element `offset` of the tensor, or zeros.
+  // Chunk i of the stage from element `offset` of the tensors, or zeros.
   __device__ void copy(unsigned char* stage, int i, int64_t offset, bool valid) {
     const uint32_t to = ptx::shared_address(stage) + offset_ + i * Dealt::kStepBytes;
     ptx::cp_async_16(to, first_ + offset, valid);
-    if constexpr (Prologue::kSources == 2) ptx::cp_async_16(to + Layout::kBytes, second_ + offset, valid);
-    if constexpr (Prologue::kTables > 0) {
-      if (valid) valid_ |= 1u << ((kStages - 1) * Dealt::kChunks + i);
-    }
+    if constexpr (kSources == 2) ptx::cp_async_16(to + Layout::kBytes, second_ + offset, valid);
   }
 
-  // `channel`: of this thread's column of chunks in this stage, as the tables count.
-  __device__ void transform(unsigned char* stage, int channel) const {
-    if constexpr (Prologue::kTables > 0) {
-      const uint32_t valid = valid_ >> Dealt::kChunks & ((1u << Dealt::kChunks) - 1);
-      if (valid == 0) return;  // among others where the channel doesn't exist
-      using Chunk = Vector<typename T::Value, kChunkValues<T>>;
-      unsigned char* first = stage + offset_;
-      float coefficients[Prologue::kTables][kChunkValues<T>];
+  // The chunks of a stage that has arrived become what the prologue makes of them, those whose bit is set in `valid`.
+  template <class Prologue>
+  __device__ void transform(unsigned char* stage, uint32_t valid,
+                            const Coefficients<Prologue, kChunkValues<T>>& c) const {
 #pragma unroll
-      for (int t = 0; t < Prologue::kTables; ++t) tables_.read(t, channel, coefficients[t]);
-#pragma unroll
-      for (int i = 0; i < Dealt::kChunks; ++i) {
-        if (valid >> i & 1) {
-          auto* chunk = reinterpret_cast<Chunk*>(first + i * Dealt::kStepBytes);
-          Chunk v = *chunk, other = v;
-          if constexpr (Prologue::kSources == 2) {
-            other = *reinterpret_cast<const Chunk*>(first + Layout::kBytes + i * Dealt::kStepBytes);
-          }
-          Prologue::template apply<T>(v, other, coefficients);
-          *chunk = v;
-        }
-      }
+    for (int i = 0; i < Dealt::kChunks; ++i) {
+      transform_chunk<T, Prologue>(stage + offset_ + i * Dealt::kStepBytes, Layout::kBytes, valid >> i & 1, c);
     }
   }
 
  private:
   const typename T::Value* first_;
   const typename T::Value* second_;
-  ChannelTables tables_;
-  int offset_;          // bytes into a stage, of the first chunk
-  uint32_t valid_ = 0;  // a bit per chunk and stage, the stage issued last uppermost
+  int offset_;  // bytes into a stage, of the first chunk
+};
+
+// Which of a thread's chunks are not padding, a bit per chunk and stage under way, the stage issued last uppermost.
+template <int kChunks>
+class ValidChunks {
+ public:
+  static_assert(kChunks * kStages <= 32);
+
+  // Stages are issued, or skipped, and transformed in turn, a transformed one kStages - 2 behind the one issued last.
+  __device__ void next() { bits_ >>= kChunks; }
+  __device__ void add(int i, bool valid) {
+    if (valid) bits_ |= 1u << ((kStages - 1) * kChunks + i);
+  }
+  __device__ uint32_t oldest() const { return bits_ >> kChunks; }  // above them the later stages'
+
+
+ private:
+  uint32_t bits_ = 0;
+};
+
+// How a warp reads an operand where nothing else is said: as A's rows and as B's columns lie in the stage.
+template <class Layout, class Tile>
+class StagedRows {
+ public:
+  __device__ void enter(uint32_t stage) { at_ = stage + lane_; }
+  __device__ void fragment(uint32_t (&r)[4], int m, int step) const { Layout::fragment_a(r, at_, m, step); }
+  // Of the tensor that lies `bytes` behind in the stage.
+  __device__ void fragment_behind(uint32_t (&r)[4], int bytes, int m, int step) const {
+    Layout::fragment_a(r, at_ + bytes, m, step);
+  }
+
+ private:
+  int lane_ = Layout::lane_a(warp_row<Tile>());
+  uint32_t at_;
+};
+
+template <class Layout, class Tile>
+class StagedColumns {
+ public:
+  __device__ void enter(uint32_t stage) { at_ = stage + lane_; }
+  __device__ void fragment(uint32_t (&r)[4], int n, int step) const { Layout::fragment_b(r, at_, n, step); }
+
+ private:
+  int lane_ = Layout::lane_b(warp_column<Tile>());
+  uint32_t at_;
 };
 
 // ---- the reduction over taps and channels: fprop and dgrad -----------------------------------------------------
@@ -206,16 +265,22 @@ struct PixelGrid {
 
 // A: rows are output pixels, gathered from an NHWC tensor, tap by tap.
 template <class T, class Tile, class Prologue>
-class GatheredPixels {
+class GatheredPixels : public StagedRows<KMajorTile<T, Tile::kM>, Tile> {
  public:
   using Layout = KMajorTile<T, Tile::kM>;
-  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads>;
+  using Copies = Copier<T, Layout, Prologue::kSources, Tile::kBlockThreads>;
+  using Ring = CoefficientRing<T, Prologue>;
   static constexpr int kStageBytes = Copies::kStageBytes;
+  static constexpr bool kAhead = Prologue::kTables > 0;
 
-  __device__ GatheredPixels(const void* tensor, const void* second, const ChannelTables& tables, const Gather& gh,
-                            const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
-      : copies_(tensor, second, tables), gh_(gh), gw_(gw), channels_(channels) {
+  // `table`: of the prologue's coefficients; `memory`: Ring::kBytes of shared memory for them.
+  __device__ GatheredPixels(const void* tensor, const void* second, const void* table, unsigned char* memory,
+                            const Gather& gh, const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
+      : copies_(tensor, second), coefficients_(table, channels, memory), gh_(gh), gw_(gw) {
     walk_ = {gh.taps, gw.taps, (channels + kTileK<T> - 1) / kTileK<T>};
+    channels_ = channels;
+    column_ = Copies::Dealt::column() * kChunkValues<T>;
+    ptx::keep(column_);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int64_t row = first_row + Copies::Dealt::row(i);
@@ -232,21 +297,28 @@ class GatheredPixels {
   __device__ int iterations() const { return walk_.iterations(); }
 
   __device__ void issue(unsigned char* stage) {
-    copies_.next();
+    valid_.next();
     if (walk_.channel_tile == 0) enter_tap();
-    const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
+    const int channel = walk_.channel_tile * kTileK<T> + column_;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      copies_.copy(stage, i, int64_t{pixel_[i]} * channels_ + channel, pixel_[i] >= 0 && channel < channels_);
+      const bool valid = pixel_[i] >= 0 && channel < channels_;
+      copies_.copy(stage, i, int64_t{pixel_[i]} * channels_ + channel, valid);
+      if constexpr (kAhead) valid_.add(i, valid);
     }
+    coefficients_.copy();
     walk_.advance();
   }
 
-  __device__ void skip() { copies_.next(); }
+  __device__ void skip() { valid_.next(); }
 
   __device__ void transform(unsigned char* stage) {
-    copies_.transform(stage, transformed_ * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>);
-    if (++transformed_ == walk_.channel_tiles) transformed_ = 0;
+    if constexpr (kAhead) {
+      Coefficients<Prologue, kChunkValues<T>> c;
+      coefficients_.read(column_, c);
+      copies_.template transform<Prologue>(stage, valid_.oldest(), c);
+      coefficients_.advance();
+    }
   }
 
  private:
@@ -264,24 +336,25 @@ class GatheredPixels {
   }
 
   Copies copies_;
+  Ring coefficients_;
+  ValidChunks<kChunks> valid_;
   Gather gh_, gw_;
-  int channels_;
   TapWalk walk_;
-  int transformed_ = 0;  // channel tile
+  int channels_, column_;  // the thread's first channel in a stage
   int image_[kChunks], h_[kChunks], w_[kChunks];
   int pixel_[kChunks];  // at this tap; -1: padding
 };
 
 // B of fprop: rows are output channels, the reduction runs along KRSC's memory. Weights have fewer than 2^31 elements.
 template <class T, class Tile>
-class WeightRows {
+class WeightRows : public StagedColumns<KMajorTile<T, Tile::kN>, Tile> {
  public:
   using Layout = KMajorTile<T, Tile::kN>;
-  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads>;
+  using Copies = Copier<T, Layout, 1, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ WeightRows(const void* weight, const ConvShape& s, int first_column)
-      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), channels_(s.c) {
+      : copies_(weight, nullptr), channels_(s.c) {
     walk_ = {s.r, s.s, (s.c + kTileK<T> - 1) / kTileK<T>};
     const int row = first_column + Copies::Dealt::row(0), elements = s.r * s.s * s.c;
     tap_ = row * elements;
@@ -311,14 +384,14 @@ class WeightRows {
 
 // B of dgrad: the reduction runs over output channels, columns are input channels.
 template <class T, class Tile>
-class WeightColumns {
+class WeightColumns : public StagedColumns<MnMajorTile<T, Tile::kN>, Tile> {
  public:
   using Layout = MnMajorTile<T, Tile::kN>;
-  using Copies = Copier<T, Layout, Raw, Tile::kBlockThreads>;
+  using Copies = Copier<T, Layout, 1, Tile::kBlockThreads>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
   __device__ WeightColumns(const void* weight, const ConvShape& s, const Gather& gh, const Gather& gw, int first_column)
-      : copies_(weight, nullptr, ChannelTables(nullptr, 0)), gh_(gh), gw_(gw), width_(s.s), channels_(s.c), k_(s.k) {
+      : copies_(weight, nullptr), gh_(gh), gw_(gw), width_(s.s), channels_(s.c), k_(s.k) {
     walk_ = {gh.taps, gw.taps, (s.k + kTileK<T> - 1) / kTileK<T>};
     channel_ = first_column + Copies::Dealt::column() * kChunkValues<T>;
     elements_ = s.r * s.s * s.c;
@@ -348,102 +421,163 @@ class WeightColumns {
 
 // ---- the reduction over pixels: wgrad --------------------------------------------------------------------------
 
-// The output pixels themselves, [begin, end): where dy lies. `Dealt` says which of a stage's rows are this thread's.
-template <class T, class Dealt>
-class OwnPixels {
+// A: rows are output channels, the reduction runs over the pixels [begin, end) where dy lies. The prologue is applied to
+// fragments, since there a lane's rows are channels: their coefficients stay in its registers. What it makes of the
+// pixels beyond `end` is multiplied by zeros of B.
+template <class T, class Tile, class Prologue>
+class GradientRows : public StagedRows<MnMajorTile<T, Tile::kM>, Tile> {
  public:
-  __device__ OwnPixels(int begin, int end) : pixel_(begin + Dealt::row(0)), end_(end) {}
+  using Layout = MnMajorTile<T, Tile::kM>;
+  using Copies = Copier<T, Layout, Prologue::kSources, Tile::kBlockThreads>;
+  static constexpr int kStageBytes = Copies::kStageBytes;
+  static constexpr bool kAhead = false;
 
-  // Which pixel the thread's i-th row of this stage is; -1: padding.
-  __device__ int operator[](int i) const {
-    const int pixel = pixel_ + i * Dealt::kRowStep;
-    return pixel < end_ ? pixel : -1;
+  __device__ GradientRows(const void* tensor, const void* second, const void* table, int begin, int end, int channels,
+                          int first_channel)
+      : copies_(tensor, second), pixel_(begin + Copies::Dealt::row(0)), end_(end), channels_(channels) {
+    channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kFragmentsM; ++i) {
+      const int channel = first_channel + warp_row<Tile>() + threadIdx.x % 32 / 4 + 8 * i;
+#pragma unroll
+      for (int t = 0; t < Prologue::kTables; ++t) {
+        coefficients_[i][t] = coefficient<Prologue>(table, t, channel, channels);
+      }
+    }
   }
-  __device__ void advance() { pixel_ += kTileK<T>; }
+
+  __device__ void issue(unsigned char* stage) {
+    const int64_t offset = int64_t{pixel_} * channels_ + channel_;
+#pragma unroll
+    for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
+      const int rows = i * Copies::Dealt::kRowStep;
+      copies_.copy(stage, i, offset + rows * channels_, pixel_ + rows < end_ && channel_ < channels_);
+    }
+    pixel_ += kTileK<T>;
+  }
+  __device__ void skip() {}
+  __device__ void transform(unsigned char*) {}
+
+  __device__ void fragment(uint32_t (&r)[4], int m, int step) const {
+    StagedRows<Layout, Tile>::fragment(r, m, step);
+    if constexpr (Prologue::kTables > 0) {
+      // A register holds neighbouring pixels of one row; the second and the fourth are of the row eight below.
+      constexpr int kValues = kChunkValues<T> / 4;
+      uint32_t second[4] = {};
+      if constexpr (Prologue::kSources == 2) this->fragment_behind(second, Layout::kBytes, m, step);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        Coefficients<Prologue, kValues> c;
+#pragma unroll
+        for (int t = 0; t < Prologue::kTables; ++t) {
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) c[t][i] = coefficients_[m / 8 + e % 2][t];
+        }
+        Vector<typename T::Value, kValues> v, other;
+        memcpy(&v, &r[e], sizeof(v));
+        memcpy(&other, &second[e], sizeof(other));
+        Prologue::template apply<T>(v, other, c);
+        memcpy(&r[e], &v, sizeof(v));
+      }
+    }
+  }
 
  private:
-  int pixel_, end_;
+  Copies copies_;
+  int pixel_, end_, channels_, channel_;
+  float coefficients_[2 * Tile::kFragmentsM][Prologue::kTables > 0 ? Prologue::kTables : 1];
 };
 
-// The pixels that one tap reads for the output pixels [begin, end): where x lies. The gathers' `add` is the tap's.
+// The pixels that one tap reads for the output pixels [begin, end): where x lies. The gathers' `add` is the tap's. A lane
+// follows one row of the stage, and the lanes tell each other.
 template <class T, class Dealt>
 class TapPixels {
  public:
   __device__ TapPixels(const Gather& gh, const Gather& gw, const PixelGrid& grid, int begin, int end)
-      : gh_(gh), gw_(gw), grid_(grid), left_(end - begin - Dealt::row(0)) {
+      : gh_(gh), gw_(gw), grid_(grid) {
+    static_assert(kTileK<T> <= 32);
+    const int row = threadIdx.x % 32 % kTileK<T>, pixel = begin + row;
+    left_ = end - pixel;
     step_w_ = kTileK<T> % grid.width;
     step_h_ = kTileK<T> / grid.width % grid.height;
     step_n_ = kTileK<T> / grid.width / grid.height;
-#pragma unroll
-    for (int i = 0; i < Dealt::kChunks; ++i) {
-      const int pixel = begin + Dealt::row(i);
-      v_[i] = pixel % grid.width;
-      u_[i] = pixel / grid.width % grid.height;
-      n_[i] = pixel / grid.width / grid.height;
-    }
+    v_ = pixel % grid.width;
+    u_ = pixel / grid.width % grid.height;
+    n_ = pixel / grid.width / grid.height;
   }
 
-  __device__ int operator[](int i) const {
-    const int h = u_[i] * gh_.multiply + gh_.add, w = v_[i] * gw_.multiply + gw_.add;
+  // Which pixels this thread's rows of the stage are, -1 for padding; then goes on to the next stage.
+  __device__ void next(int (&pixels)[Dealt::kChunks]) {
+    const int h = u_ * gh_.multiply + gh_.add, w = v_ * gw_.multiply + gw_.add;
     const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
                         static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-    return inside && i * Dealt::kRowStep < left_ ? (n_[i] * gh_.size + h) * gw_.size + w : -1;
-  }
-  __device__ void advance() {
-    left_ -= kTileK<T>;
+    const int pixel = inside && left_ > 0 ? (n_ * gh_.size + h) * gw_.size + w : -1;
 #pragma unroll
-    for (int i = 0; i < Dealt::kChunks; ++i) {
-      v_[i] += step_w_;
-      u_[i] += step_h_;
-      n_[i] += step_n_;
-      if (v_[i] >= grid_.width) v_[i] -= grid_.width, ++u_[i];
-      if (u_[i] >= grid_.height) u_[i] -= grid_.height, ++n_[i];
-    }
+    for (int i = 0; i < Dealt::kChunks; ++i) pixels[i] = __shfl_sync(0xffffffffu, pixel, Dealt::row(i));
+    left_ -= kTileK<T>;
+    v_ += step_w_;
+    u_ += step_h_;
+    n_ += step_n_;
+    if (v_ >= grid_.width) v_ -= grid_.width, ++u_;
+    if (u_ >= grid_.height) u_ -= grid_.height, ++n_;
   }
 
  private:
   Gather gh_, gw_;
   PixelGrid grid_;
-  int left_;  // from the thread's first row to the end
+  int left_;  // from the lane's row to the end
   int step_n_, step_h_, step_w_;
-  int n_[Dealt::kChunks], u_[Dealt::kChunks], v_[Dealt::kChunks];
+  int n_, u_, v_;
 };
 
-// Columns are channels of an NHWC tensor, the reduction runs over its Pixels. The tables hold the block's own channels.
-template <class T, class Tile, int kExtent, class Prologue, template <class, class> class PixelsOf>
-class PixelColumns {
+// B: columns are channels of an NHWC tensor, the reduction runs over the pixels that a tap reads of it. A thread's
+// chunks are of the same channels throughout: their coefficients stay in its registers.
+template <class T, class Tile, class Prologue>
+class TapColumns : public StagedColumns<MnMajorTile<T, Tile::kN>, Tile> {
  public:
-  using Layout = MnMajorTile<T, kExtent>;
-  using Copies = Copier<T, Layout, Prologue, Tile::kBlockThreads>;
-  using Pixels = PixelsOf<T, typename Copies::Dealt>;
+  using Layout = MnMajorTile<T, Tile::kN>;
+  using Copies = Copier<T, Layout, Prologue::kSources, Tile::kBlockThreads>;
+  using Pixels = TapPixels<T, typename Copies::Dealt>;
   static constexpr int kStageBytes = Copies::kStageBytes;
 
-  __device__ PixelColumns(const void* tensor, const void* second, const ChannelTables& tables, const Pixels& pixels,
-                          int channels, int first_channel)
-      : copies_(tensor, second, tables), pixels_(pixels), channels_(channels) {
+  __device__ TapColumns(const void* tensor, const void* table, const Pixels& pixels, int channels, int first_channel)
+      : copies_(tensor, nullptr), pixels_(pixels), channels_(channels) {
     channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
+#pragma unroll
+    for (int t = 0; t < Prologue::kTables; ++t) {
+#pragma unroll
+      for (int i = 0; i < kChunkValues<T>; ++i) {
+        coefficients_[t][i] = coefficient<Prologue>(table, t, channel_ + i, channels);
+      }
+    }
   }
 
   __device__ void issue(unsigned char* stage) {
-    copies_.next();
+    valid_.next();
+    int pixels[kChunks];
+    pixels_.next(pixels);
 #pragma unroll
-    for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
-      const int pixel = pixels_[i];
-      copies_.copy(stage, i, int64_t{pixel} * channels_ + channel_, pixel >= 0 && channel_ < channels_);
+    for (int i = 0; i < kChunks; ++i) {
+      const bool valid = pixels[i] >= 0 && channel_ < channels_;
+      copies_.copy(stage, i, int64_t{pixels[i]} * channels_ + channel_, valid);
+      if constexpr (Prologue::kTables > 0) valid_.add(i, valid);
     }
-    pixels_.advance();
   }
-
-  __device__ void skip() { copies_.next(); }
-
+  __device__ void skip() { valid_.next(); }
   __device__ void transform(unsigned char* stage) {
-    copies_.transform(stage, Copies::Dealt::column() * kChunkValues<T>);
+    if constexpr (Prologue::kTables > 0) {
+      copies_.template transform<Prologue>(stage, valid_.oldest(), coefficients_);
+    }
   }
 
  private:
+  static constexpr int kChunks = Copies::Dealt::kChunks;
+
   Copies copies_;
   Pixels pixels_;
+  ValidChunks<kChunks> valid_;
   int channels_, channel_;
+  Coefficients<Prologue, kChunkValues<T>> coefficients_;
 };
 
 }  // namespace resnet_fused::cuda

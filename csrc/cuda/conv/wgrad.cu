@@ -15,16 +15,14 @@ namespace {
 
 template <class T, class Tile, class PrologueA, class PrologueB>
 struct Wgrad {
-  using A = PixelColumns<T, Tile, Tile::kM, PrologueA, OwnPixels>;
-  using B = PixelColumns<T, Tile, Tile::kN, PrologueB, TapPixels>;
-  static constexpr int kRing = kRingBytes<A, B>;
-  static constexpr int kSharedBytes =
-      kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) + ChannelTables::bytes(PrologueB::kTables, Tile::kN);
+  using A = GradientRows<T, Tile, PrologueA>;
+  using B = TapColumns<T, Tile, PrologueB>;
+  static constexpr int kSharedBytes = kRingBytes<A, B>;
 };
 
 // Where the tile's would spill, fewer.
 template <class Tile, class PrologueA>
-inline constexpr int kBlocks = PrologueA::kSources == 2 ? Tile::kBlocks : 256 / Tile::kBlockThreads;
+inline constexpr int kBlocks = PrologueA::kSources == 2 ? Tile::kBlocks : 2;
 
 // Grid: rows of tiles, columns of tiles, splits.
 template <class T, class Tile, class PrologueA, class PrologueB>
@@ -33,16 +31,9 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>)
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
   const int channel_tiles = (s.c + Tile::kN - 1) / Tile::kN;
   const int tap = blockIdx.y / channel_tiles, first_column = blockIdx.y % channel_tiles * Tile::kN;
   const int first_row = blockIdx.x * Tile::kM;
-  ChannelTables tables_a(memory, Tile::kM);
-  ChannelTables tables_b(memory + ChannelTables::floats(PrologueA::kTables, Tile::kM), Tile::kN);
-  fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k, first_row, Tile::kM);
-  fill_tables<PrologueB>(tables_b, p.coefficients, s.c, first_column, Tile::kN);
-  __syncthreads();
-
   const PixelGrid grid{s.n, s.p, s.q};
   // Splits are cut at whole stages; the first ones get one more where they don't share them evenly.
   const int pixels = static_cast<int>(grid.pixels()), split = blockIdx.z, splits = gridDim.z;
@@ -55,8 +46,8 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>)
   Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
   gh.add += tap / s.s * gh.step;
   gw.add += tap % s.s * gw.step;
-  typename Parts::A a(p.grad.g, p.grad.y, tables_a, {begin, end}, s.k, first_row);
-  typename Parts::B b(p.x, nullptr, tables_b, {gh, gw, grid, begin, end}, s.c, first_column);
+  typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, begin, end, s.k, first_row);
+  typename Parts::B b(p.x, p.coefficients, {gh, gw, grid, begin, end}, s.c, first_column);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, (end - begin + kTileK<T> - 1) / kTileK<T>, d);
 
@@ -116,7 +107,7 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
         using PrologueB = decltype(b);
         using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
         return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
-                                        Parts::kSharedBytes, Parts::kSharedBytes, stream);
+                                        Parts::kSharedBytes, stream);
       };
       if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
       return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});
