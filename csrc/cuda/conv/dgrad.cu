@@ -21,20 +21,24 @@ namespace {
 template <class T, class Tile, class Prologue>
 inline constexpr int kBlocks = sizeof(typename T::Value) == 2 && Prologue::kSources == 2 ? Tile::kBlocks : 2;
 
-template <class T, class Tile, class Prologue>
+template <class T, class Tile, class Prologue, bool kHalo>
 struct Dgrad {
-  using A = GatheredPixels<T, Tile, Prologue>;
-  using B = WeightColumns<T, Tile>;
+  using A = std::conditional_t<kHalo, HaloPixels<T, Tile, Prologue>, GatheredPixels<T, Tile, Prologue>>;
+  using B = WeightColumns<T, Tile, A::kTapsInner>;
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
-  static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
-  static constexpr int kSharedBytes = kRing + A::Ring::kBytes;
+  static constexpr int kRing = kRingBytes<A, B>;
+
+  // All of it serves the epilogue afterwards.
+  static constexpr int shared_bytes(int halo) {
+    return larger(kRing + A::shared_bytes(halo), Staged::kBytes + 2 * Sums::kBytes);
+  }
 };
 
-template <class T, class Tile, class Prologue>
+template <class T, class Tile, class Prologue, bool kHalo>
 __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue>) dgrad_kernel(const DgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
-  using Parts = Dgrad<T, Tile, Prologue>;
+  using Parts = Dgrad<T, Tile, Prologue, kHalo>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
   // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
@@ -129,10 +133,13 @@ cudaError_t dgrad(const DgradParams& p, cudaStream_t stream) {
       using Tile = decltype(tile);
       const dim3 grid(static_cast<unsigned>(dgrad_tiles(s) * ceil_div(s.c, Tile::kN)));
       const auto launch = [&](auto prologue) {
-        using Prologue = decltype(prologue);
-        using Parts = Dgrad<T, Tile, Prologue>;
-        return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue>, p, grid, Tile::kBlockThreads,
-                                        Parts::kSharedBytes, stream);
+        return dispatch_halo(s, [&](auto halo) {
+          using Prologue = decltype(prologue);
+          using Parts = Dgrad<T, Tile, Prologue, halo.value>;
+          return launch_conv<DgradParams>(dgrad_kernel<T, Tile, Prologue, halo.value>, p, grid, Tile::kBlockThreads,
+                                          Parts::shared_bytes(halo_pixels(s)), Parts::shared_bytes(kMostHaloPixels),
+                                          stream);
+        });
       };
       return p.grad.y ? launch(BackwardAffine{}) : launch(Raw{});
     });

@@ -15,15 +15,18 @@
 namespace resnet_fused::cuda {
 namespace {
 
-template <class T, class Tile, class Prologue>
+template <class T, class Tile, class Prologue, bool kHalo>
 struct Fprop {
-  using A = GatheredPixels<T, Tile, Prologue>;
-  using B = WeightRows<T, Tile>;
+  using A = std::conditional_t<kHalo, HaloPixels<T, Tile, Prologue>, GatheredPixels<T, Tile, Prologue>>;
+  using B = WeightRows<T, Tile, A::kTapsInner>;
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
-  // The ring's memory serves the epilogue afterwards.
-  static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
-  static constexpr int kSharedBytes = kRing + A::Ring::kBytes;
+  static constexpr int kRing = kRingBytes<A, B>;
+
+  // All of it serves the epilogue afterwards.
+  static constexpr int shared_bytes(int halo) {
+    return larger(kRing + A::shared_bytes(halo), Staged::kBytes + 2 * Sums::kBytes);
+  }
 };
 
 // Count, mean and M2 of every column of the tile, from the values as they are stored.
@@ -53,10 +56,10 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
   }
 }
 
-template <class T, class Tile, class Prologue, bool kInference>
+template <class T, class Tile, class Prologue, bool kHalo, bool kInference>
 __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kernel(const FpropParams p) {
 #if RESNET_FUSED_TENSOR_CORES
-  using Parts = Fprop<T, Tile, Prologue>;
+  using Parts = Fprop<T, Tile, Prologue, kHalo>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
   const PixelGrid grid{s.n, s.p, s.q};
@@ -126,10 +129,13 @@ cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
       using Tile = decltype(tile);
       const dim3 grid(static_cast<unsigned>(fprop_tiles(s) * ceil_div(s.k, Tile::kN)));
       const auto launch = [&](auto prologue, auto inference) {
-        using Prologue = decltype(prologue);
-        using Parts = Fprop<T, Tile, Prologue>;
-        return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid, Tile::kBlockThreads,
-                                        Parts::kSharedBytes, stream);
+        return dispatch_halo(s, [&](auto halo) {
+          using Prologue = decltype(prologue);
+          using Parts = Fprop<T, Tile, Prologue, halo.value>;
+          return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, halo.value, inference.value>, p, grid,
+                                          Tile::kBlockThreads, Parts::shared_bytes(halo_pixels(s)),
+                                          Parts::shared_bytes(kMostHaloPixels), stream);
+        });
       };
       if (p.affine) {
         return p.coefficients ? launch(AffineRelu{}, std::true_type{}) : launch(Raw{}, std::true_type{});

@@ -43,10 +43,17 @@ cudaError_t dispatch_conv_dtype(DType dtype, Call call) {
   }
 }
 
+// Whether the nine taps of a filter share their pixels.
+template <class Call>
+cudaError_t dispatch_halo(const ConvShape& s, Call call) {
+  return halo_pixels(s) >= 0 ? call(std::true_type{}) : call(std::false_type{});
+}
+
+// `shared_bytes` of this launch, and the most that the kernel is ever launched with.
 template <class Params>
 cudaError_t launch_conv(void (*kernel)(const Params), const Params& p, dim3 grid, int threads, int shared_bytes,
-                        cudaStream_t stream) {
-  const cudaError_t status = prepare_conv(reinterpret_cast<const void*>(kernel), shared_bytes);
+                        int most_shared_bytes, cudaStream_t stream) {
+  const cudaError_t status = prepare_conv(reinterpret_cast<const void*>(kernel), most_shared_bytes);
   if (status != cudaSuccess) return status;
   kernel<<<grid, threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();

@@ -44,6 +44,7 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
   if constexpr (A::kAhead) {  // what the first stage's transform reads of others' copies
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
+    a.begin();
   }
   unsigned char *stage = ring, *before = ring + (kStages - 1) * kStageBytes;
   for (int k = 0; k < iterations; ++k) {

@@ -241,17 +241,25 @@ class StagedColumns {
 
 // ---- the reduction over taps and channels: fprop and dgrad -----------------------------------------------------
 
-// Walks the reduction: channels within a tap, taps within a row of taps.
+// Walks the reduction: channels within a tap, or (kTapsInner) taps within a slice of kTileK channels.
+template <bool kTapsInner>
 struct TapWalk {
   int taps_h, taps_w, channel_tiles;
   int h = 0, w = 0, channel_tile = 0;
 
   __device__ int iterations() const { return taps_h * taps_w * channel_tiles; }
   __device__ void advance() {
-    if (++channel_tile < channel_tiles) return;
-    channel_tile = 0;
+    if constexpr (!kTapsInner) {
+      if (++channel_tile < channel_tiles) return;
+      channel_tile = 0;
+    }
     if (++w < taps_w) return;
     w = 0;
+    if constexpr (kTapsInner) {
+      if (++h < taps_h) return;
+      h = -1;
+      ++channel_tile;
+    }
     ++h;
   }
 };
@@ -272,8 +280,10 @@ class GatheredPixels : public StagedRows<KMajorTile<T, Tile::kM>, Tile> {
   using Ring = CoefficientRing<T, Prologue>;
   static constexpr int kStageBytes = Copies::kStageBytes;
   static constexpr bool kAhead = Prologue::kTables > 0;
+  static constexpr bool kTapsInner = false;
+  static constexpr int shared_bytes(int) { return Ring::kBytes; }
 
-  // `table`: of the prologue's coefficients; `memory`: Ring::kBytes of shared memory for them.
+  // `table`: of the prologue's coefficients; `memory`: shared_bytes.
   __device__ GatheredPixels(const void* tensor, const void* second, const void* table, unsigned char* memory,
                             const Gather& gh, const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
       : copies_(tensor, second), coefficients_(table, channels, memory), gh_(gh), gw_(gw) {
@@ -295,6 +305,7 @@ class GatheredPixels : public StagedRows<KMajorTile<T, Tile::kM>, Tile> {
   }
 
   __device__ int iterations() const { return walk_.iterations(); }
+  __device__ void begin() {}
 
   __device__ void issue(unsigned char* stage) {
     valid_.next();
@@ -339,14 +350,171 @@ class GatheredPixels : public StagedRows<KMajorTile<T, Tile::kM>, Tile> {
   Ring coefficients_;
   ValidChunks<kChunks> valid_;
   Gather gh_, gw_;
-  TapWalk walk_;
+  TapWalk<false> walk_;
   int channels_, column_;  // the thread's first channel in a stage
   int image_[kChunks], h_[kChunks], w_[kChunks];
   int pixel_[kChunks];  // at this tap; -1: padding
 };
 
+// The same where all taps read the same pixels (halo_pixels). A slice of channels of the block's own pixels and the halo
+// is copied and transformed once, while the nine taps multiply the slice before; a tap reads it some rows on. Rows whose
+// tap is padding read zeros, in the banks where they would have read.
+template <class T, class Tile, class Prologue>
+class HaloPixels {
+ public:
+  using Layout = KMajorTile<T, Tile::kM>;
+  using Dealt = Deal<Layout, Tile::kBlockThreads>;
+  using Ring = CoefficientRing<T, Prologue>;
+  static constexpr int kStageBytes = 0;  // the ring is B's alone
+  static constexpr bool kAhead = Prologue::kTables > 0;
+  static constexpr bool kTapsInner = true;
+
+  static constexpr int rows(int halo) { return Tile::kM + 2 * halo; }
+  static constexpr int source_bytes(int halo) { return (rows(halo) + 1) / 2 * 2 * Layout::kRowBytes; }
+  static constexpr int shared_bytes(int halo) {
+    return kZeroBytes + 2 * Prologue::kSources * source_bytes(halo) + Ring::kBytes;
+  }
+
+  __device__ HaloPixels(const void* tensor, const void* second, const void* table, unsigned char* memory,
+                        const Gather& gh, const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
+      : first_(static_cast<const typename T::Value*>(tensor)),
+        second_(static_cast<const typename T::Value*>(second)),
+        halo_(abs(gh.add) * grid.width + abs(gw.add)),
+        coefficients_(table, channels, memory + kZeroBytes + 2 * Prologue::kSources * source_bytes(halo_)),
+        zeros_(ptx::shared_address(memory)),
+        slices_(memory + kZeroBytes),
+        channels_(channels) {
+    if (threadIdx.x < kZeroBytes / 4) reinterpret_cast<uint32_t*>(memory)[threadIdx.x] = 0;
+    pixels_ = static_cast<int>(grid.pixels());
+    pixel_ = static_cast<int>(first_row) - halo_ + Dealt::row(0);
+    column_ = Dealt::column() * kChunkValues<T>;
+    offset_ = Dealt::first_offset();
+    ptx::keep(column_);
+    ptx::keep(offset_);
+    step_ = gw.step;
+    step_of_rows_ = gh.step * grid.width - 3 * gw.step;
+    row_ = warp_row<Tile>() + threadIdx.x % 16 + halo_ + gh.add * grid.width + gw.add;
+#pragma unroll
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+      const int64_t row = first_row + warp_row<Tile>() + threadIdx.x % 16 + i * 16;
+      const int pixel = row < pixels_ ? static_cast<int>(row) : 0;
+      const int h = pixel / grid.width % grid.height + gh.add, w = pixel % grid.width + gw.add;
+      inside_[i] = 0;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const bool inside = static_cast<unsigned>(h + tap / 3 * gh.step) < static_cast<unsigned>(gh.size) &&
+                            static_cast<unsigned>(w + tap % 3 * gw.step) < static_cast<unsigned>(gw.size);
+        if (inside && row < pixels_) inside_[i] |= 1u << tap;
+      }
+    }
+    for (int i = 0; i < kMostChunks; ++i) copy(slices_, i, 0);
+  }
+
+  __device__ int iterations() const { return kTaps * ((channels_ + kTileK<T> - 1) / kTileK<T>); }
+
+  // The first slice has nothing to be transformed behind.
+  __device__ void begin() {
+    for (int i = 0; i < kMostChunks; i += kAtATime) transform_chunks(slices_, i);
+    coefficients_.advance();
+  }
+
+  // Copies of the next slice. Its memory is left by the tap before this slice's first, its coefficients are there a
+  // stage before the first transform.
+  __device__ void issue(unsigned char*) {
+    if (issued_ == 0) coefficients_.copy();
+    if (issued_ >= kFirst && next_channel_ < channels_) {
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i) copy(other(slice_of_issued_), (issued_ - kFirst) * kAtATime + i, next_channel_);
+    }
+    if (++issued_ == kTaps) {
+      issued_ = 0;
+      next_channel_ += kTileK<T>;
+      slice_of_issued_ ^= 1;
+    }
+  }
+  __device__ void skip() {}
+
+  __device__ void transform(unsigned char*) {
+    if constexpr (kAhead) {
+      if (tap_ >= kFirst && read_channel_ + kTileK<T> < channels_) {
+        transform_chunks(other(slice_), (tap_ - kFirst) * kAtATime);
+      }
+      if (tap_ == kTaps - 1) coefficients_.advance();
+    }
+  }
+
+  __device__ void enter(uint32_t) {
+    const uint32_t first = ptx::shared_address(other(slice_ ^ 1)) + row_ * Layout::kRowBytes;
+    const uint32_t at = first + ((threadIdx.x % 32 / 16 ^ row_ >> 1) & 3) * kChunkBytes;
+#pragma unroll
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+      at_[i] = inside_[i] >> tap_ & 1 ? at + i * 16 * Layout::kRowBytes : zeros_ + at % kZeroBytes;
+    }
+    row_ += step_;
+    if (++tap_ % 3 == 0) row_ += step_of_rows_;
+    if (tap_ == kTaps) {
+      tap_ = 0;
+      row_ -= 3 * (step_of_rows_ + 3 * step_);
+      read_channel_ += kTileK<T>;
+      slice_ ^= 1;
+    }
+  }
+  __device__ void fragment(uint32_t (&r)[4], int m, int step) const {
+    ptx::ldmatrix_x4<false>(r, at_[m / 16] ^ (2 * step * kChunkBytes));
+  }
+
+ private:
+  static constexpr int kTaps = 9, kFirst = kStages - 1;  // the first tap that copies and transforms
+  static constexpr int kZeroBytes = 128;                 // of all banks
+  static constexpr int kMostChunks = rows(kMostHaloPixels) / Dealt::kRowStep;
+  static constexpr int kAtATime = (kMostChunks + kTaps - kFirst - 1) / (kTaps - kFirst);
+
+  // The memory of the slice that is not this one.
+  __device__ unsigned char* other(int slice) const {
+    return slices_ + (slice ^ 1) * (Prologue::kSources * source_bytes(halo_));
+  }
+
+  // The thread's i-th chunk of a slice. Beyond the pixels there is nothing that a tap reads.
+  __device__ void copy(unsigned char* slice, int i, int first_channel) const {
+    const int row = i * Dealt::kRowStep, pixel = pixel_ + row, channel = first_channel + column_;
+    if (Dealt::row(0) + row >= rows(halo_)) return;
+    const bool valid = static_cast<unsigned>(pixel) < static_cast<unsigned>(pixels_) && channel < channels_;
+    const uint32_t to = ptx::shared_address(slice) + offset_ + i * Dealt::kStepBytes;
+    const int64_t from = int64_t{pixel} * channels_ + channel;
+    ptx::cp_async_16(to, first_ + from, valid);
+    if constexpr (Prologue::kSources == 2) ptx::cp_async_16(to + source_bytes(halo_), second_ + from, valid);
+  }
+
+  // kAtATime chunks of a slice, those too which no tap reads.
+  __device__ void transform_chunks(unsigned char* slice, int first) const {
+    if constexpr (kAhead) {
+      if (first * Dealt::kRowStep >= rows(halo_)) return;
+      Coefficients<Prologue, kChunkValues<T>> c;
+      coefficients_.read(column_, c);
+#pragma unroll
+      for (int i = 0; i < kAtATime; ++i) {
+        if (Dealt::row(0) + (first + i) * Dealt::kRowStep >= rows(halo_)) break;
+        transform_chunk<T, Prologue>(slice + offset_ + (first + i) * Dealt::kStepBytes, source_bytes(halo_), true, c);
+      }
+    }
+  }
+
+  const typename T::Value* first_;
+  const typename T::Value* second_;
+  int halo_;
+  Ring coefficients_;
+  uint32_t zeros_;
+  unsigned char* slices_;
+  int channels_, pixels_;
+  int pixel_, column_, offset_;  // the thread's first chunk: its pixel, its channel in a slice, bytes into one
+  int issued_ = 0, next_channel_ = kTileK<T>, slice_of_issued_ = 0;  // the tap that is issued next, the slice behind it
+  int tap_ = 0, read_channel_ = 0, slice_ = 0;                       // what is multiplied
+  int row_, step_, step_of_rows_;  // the slice's row that the lane reads at this tap, and the way to the next one
+  uint32_t inside_[Tile::kFragmentsM], at_[Tile::kFragmentsM];  // a bit per tap; where the lane reads at this tap
+};
+
 // B of fprop: rows are output channels, the reduction runs along KRSC's memory. Weights have fewer than 2^31 elements.
-template <class T, class Tile>
+template <class T, class Tile, bool kTapsInner>
 class WeightRows : public StagedColumns<KMajorTile<T, Tile::kN>, Tile> {
  public:
   using Layout = KMajorTile<T, Tile::kN>;
@@ -357,33 +525,33 @@ class WeightRows : public StagedColumns<KMajorTile<T, Tile::kN>, Tile> {
       : copies_(weight, nullptr), channels_(s.c) {
     walk_ = {s.r, s.s, (s.c + kTileK<T> - 1) / kTileK<T>};
     const int row = first_column + Copies::Dealt::row(0), elements = s.r * s.s * s.c;
-    tap_ = row * elements;
+    row_ = row * elements;
     step_ = Copies::Dealt::kRowStep * elements;
     rows_left_ = s.k - row;
   }
 
   __device__ void issue(unsigned char* stage) {
     const int channel = walk_.channel_tile * kTileK<T> + Copies::Dealt::column() * kChunkValues<T>;
+    const int offset = row_ + (walk_.h * walk_.taps_w + walk_.w) * channels_ + channel;
 #pragma unroll
     for (int i = 0; i < Copies::Dealt::kChunks; ++i) {
       const bool valid = i * Copies::Dealt::kRowStep < rows_left_ && channel < channels_;
-      copies_.copy(stage, i, tap_ + channel + i * step_, valid);
+      copies_.copy(stage, i, offset + i * step_, valid);
     }
     walk_.advance();
-    if (walk_.channel_tile == 0) tap_ += channels_;
   }
   __device__ void transform(unsigned char*) {}
   __device__ void skip() {}
 
  private:
   Copies copies_;
-  TapWalk walk_;
+  TapWalk<kTapsInner> walk_;
   int channels_, rows_left_;
-  int tap_, step_;  // elements: to the tap of this thread's first row, and from a row of its to the next
+  int row_, step_;  // elements: to this thread's first row, and from a row of its to the next
 };
 
 // B of dgrad: the reduction runs over output channels, columns are input channels.
-template <class T, class Tile>
+template <class T, class Tile, bool kTapsInner>
 class WeightColumns : public StagedColumns<MnMajorTile<T, Tile::kN>, Tile> {
  public:
   using Layout = MnMajorTile<T, Tile::kN>;
@@ -414,7 +582,7 @@ class WeightColumns : public StagedColumns<MnMajorTile<T, Tile::kN>, Tile> {
  private:
   Copies copies_;
   Gather gh_, gw_;
-  TapWalk walk_;
+  TapWalk<kTapsInner> walk_;
   int width_, channels_, k_, channel_;
   int elements_;  // of one output channel
 };

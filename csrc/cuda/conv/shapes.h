@@ -12,11 +12,10 @@
 
 namespace resnet_fused::cuda {
 
-// What shapes the kernels take. Channels: 16 bytes of 16-bit values, the same for float32; the prologue's tables have to
-// fit into shared memory. Kernels count pixels in 32 bits, a stage too far.
-inline constexpr int64_t kMostChannels = 2048;
+// What shapes the kernels take. Channels: 16 bytes of 16-bit values, the same for float32. Kernels count a weight's
+// elements and pixels in 32 bits, pixels a stage too far.
 inline constexpr ConvLimits kConvLimits = {
-    .channel_multiple = 8, .channels = kMostChannels, .taps = 7, .stride = 2, .pixels = (int64_t{1} << 31) - 1024};
+    .channel_multiple = 8, .channels = 2048, .taps = 7, .stride = 2, .pixels = (int64_t{1} << 31) - 1024};
 
 // Rows and columns of the output per block.
 enum class TileShape : int { k128x128, k128x64, k64x64 };
@@ -73,6 +72,15 @@ constexpr int with_parity(int size, int stride, int parity) { return (size - par
 
 constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
   return int64_t{s.n} * with_parity(s.h, s.stride_h, parity_h) * with_parity(s.w, s.stride_w, parity_w);
+}
+
+// Where a filter's nine taps of stride 1 read the plane that they write, a tile's pixels and a halo before and behind them
+// are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
+inline constexpr int kMostHaloPixels = 64;
+constexpr int halo_pixels(const ConvShape& s) {
+  const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
+  const int64_t pixels = int64_t{s.pad_h} * s.w + s.pad_w;
+  return same && pixels <= kMostHaloPixels ? static_cast<int>(pixels) : -1;
 }
 
 constexpr TileShape dgrad_tile(const ConvShape& s) { return choose_tile(int64_t{s.n} * s.h * s.w, s.c); }

@@ -107,7 +107,7 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
         using PrologueB = decltype(b);
         using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
         return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
-                                        Parts::kSharedBytes, stream);
+                                        Parts::kSharedBytes, Parts::kSharedBytes, stream);
       };
       if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
       return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});
