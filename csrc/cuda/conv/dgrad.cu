@@ -29,9 +29,10 @@ struct Dgrad {
   using Sums = ColumnSums<Tile>;
   static constexpr int kRing = kRingBytes<A, B>;
 
-  // All of it serves the epilogue afterwards.
+  // All of it serves the epilogue afterwards: the staged tile, two sums, and where the rows lie in dx.
+  static constexpr int kPixels = Staged::kBytes + 2 * Sums::kBytes;
   static constexpr int shared_bytes(int halo) {
-    return larger(kRing + A::shared_bytes(halo), Staged::kBytes + 2 * Sums::kBytes);
+    return larger(kRing + A::shared_bytes(halo), kPixels + Tile::kM * static_cast<int>(sizeof(int)));
   }
 };
 
@@ -55,20 +56,25 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
 
   const int64_t left = grid.pixels() - part.first_row;
   const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  // Where a sub-problem's pixels lie in dx takes divisions, which are done once per row.
+  const bool strided = s.stride_h != 1 || s.stride_w != 1;
+  int* pixels = reinterpret_cast<int*>(shared + Parts::kPixels);
+  if (strided) {
+    for (int row = threadIdx.x; row < rows; row += Tile::kBlockThreads) {
+      const int pixel = static_cast<int>(part.first_row) + row, nh = pixel / grid.width;
+      const int h = nh % grid.height * s.stride_h + part.parity_h, w = pixel % grid.width * s.stride_w + part.parity_w;
+      pixels[row] = (nh / grid.height * s.h + h) * s.w + w;
+    }
+    __syncthreads();
+  }
   const auto pixel_of = [&](int row) {
     if (row >= rows) return int64_t{-1};
-    if (s.stride_h == 1 && s.stride_w == 1) return part.first_row + row;  // no division
-    const int pixel = static_cast<int>(part.first_row + row);
-    const int w = pixel % grid.width * s.stride_w + part.parity_w;
-    const int nh = pixel / grid.width;
-    const int h = nh % grid.height * s.stride_h + part.parity_h;
-    return (int64_t{nh / grid.height} * s.h + h) * s.w + w;
+    return strided ? int64_t{pixels[row]} : part.first_row + row;
   };
   typename Parts::Staged staged(shared);
   if (p.addend) {
     staged.load(p.addend, pixel_of, s.c, first_column);
     for_each_pair<Tile>(d, [&](int row, int column, int, float& v0, float& v1) {
-      if (row >= rows || first_column + column >= s.c) return;
       const auto pair = staged.read(row, column);
       v0 += T::load(pair[0]);
       v1 += T::load(pair[1]);
@@ -90,10 +96,6 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
     const ColumnVector<Tile> scale(table + kScale * s.c, s.c, first_column);
     const ColumnVector<Tile> shift(table + kShift * s.c, s.c, first_column);
     for_each_pair<Tile>(d, [&](int row, int column, int j, float& v0, float& v1) {
-      if (row >= rows || first_column + column >= s.c) {
-        v0 = v1 = 0;
-        return;
-      }
       const auto y = staged.read(row, column);
       float* v[2] = {&v0, &v1};
 #pragma unroll
@@ -103,11 +105,11 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
       }
     });
   }
+  replace_rows<Tile>(d, rows, [](int, int) { return 0.0f; });
   sums.sum(d, [](int, int, float v, int, int) { return v; });
   {
     const ColumnVector<Tile> mean(table + kMean * s.c, s.c, first_column);
     products.sum(d, [&](int row, int column, float v, int j, int e) {
-      if (row >= rows || first_column + column >= s.c) return 0.0f;
       return v * (T::load(staged.read(row, column - e)[e]) - mean(j, e));
     });
   }

@@ -35,7 +35,8 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
                                 int first) {
   ColumnSums<Tile> sums(shared), squares(shared + ColumnSums<Tile>::kBytes);
   const float inverse = 1.0f / static_cast<float>(rows);
-  sums.sum(d, [&](int row, int, float v, int, int) { return row < rows ? v : 0.0f; });
+  replace_rows<Tile>(d, rows, [](int, int) { return 0.0f; });
+  sums.sum(d, [](int, int, float v, int, int) { return v; });
   float mean[Tile::kFragmentsN][2];
 #pragma unroll
   for (int j = 0; j < Tile::kFragmentsN; ++j) {
@@ -44,9 +45,10 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
       mean[j][e] = sums.total(fragment_column<Tile>(j) + e) * inverse;
     }
   }
-  squares.sum(d, [&](int row, int, float v, int j, int e) {
+  replace_rows<Tile>(d, rows, [&](int j, int e) { return mean[j][e]; });
+  squares.sum(d, [&](int, int, float v, int j, int e) {
     const float deviation = v - mean[j][e];
-    return row < rows ? deviation * deviation : 0.0f;
+    return deviation * deviation;
   });
   for (int column = threadIdx.x; column < Tile::kN && first + column < channels; column += Tile::kBlockThreads) {
     float* out = statistics + first + column;

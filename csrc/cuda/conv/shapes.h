@@ -107,6 +107,7 @@ constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int row
   const auto at = [&](int part, int64_t index) {
     return SubProblem{part / s.stride_w, part % s.stride_w, index * rows};
   };
+  if (parts == 1) return at(0, tile);
   // Of even parity are the most pixels, of odd parity the fewest.
   const int64_t together = tiles_of(parts - 1);
   if (tile < together << bits) return at(static_cast<int>(tile & (parts - 1)), tile >> bits);
