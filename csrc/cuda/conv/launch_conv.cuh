@@ -21,6 +21,8 @@ namespace resnet_fused::cuda {
 using Tile128x128 = BlockTile<128, 128, 2, 2, 2>;
 using Tile128x64 = BlockTile<128, 64, 4, 1, 3>;
 using Tile64x64 = BlockTile<64, 64, 2, 2, 4>;
+// wgrad's for three taps of 64 channels.
+using TileOfTaps = BlockTile<64, 3 * 64, 2, 2, 2>;
 
 template <class Call>
 cudaError_t dispatch_tile(TileShape shape, Call call) {

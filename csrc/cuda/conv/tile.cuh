@@ -71,6 +71,7 @@ struct MnMajorTile {
     const int lane = threadIdx.x % 32;
     return offset(lane % 16, column / 8 + lane / 16);
   }
+  // Warps' extents are powers of two: a warp's first chunk and the constants from there on have no bits in common.
   static __device__ void fragment_a(uint32_t (&r)[4], uint32_t at, int m, int step) {
     ptx::ldmatrix_x4<true>(r, (at ^ (m / 8 * kChunkBytes)) + 16 * step * kRowBytes);
   }
@@ -118,8 +119,7 @@ struct BlockTile {
   static constexpr int kBlockThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
-  // Powers of two: a warp's first chunk and the constants from there on have no bits in common.
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && (kWarpM & (kWarpM - 1)) == 0 && (kWarpN & (kWarpN - 1)) == 0);
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
 };
 
 // d[i][j] is the m16n8 accumulator of fragment row i and column j of the warp: element e lies in row
