@@ -11,8 +11,10 @@
 // tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
+#include "halo.cuh"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
+#include "tap_operands.cuh"
 
 namespace resnet_fused::cuda {
 namespace {
@@ -49,15 +51,20 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<T, Tile, Prologue
   const Gather gw = dgrad_gather(s.q, s.stride_w, s.pad_w, s.dilation_w, s.s, part.parity_w);
   const PixelGrid grid{s.n, with_parity(s.h, s.stride_h, part.parity_h), with_parity(s.w, s.stride_w, part.parity_w)};
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
-  typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, shared + Parts::kRing, gh, gw, s.k, grid, part.first_row);
+  typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, shared + Parts::kRing, gh, gw, s.k, grid,
+                      part.first_row);
   typename Parts::B b(p.weight, s, gh, gw, first_column);
+  const int64_t left = grid.pixels() - part.first_row;
+  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  const bool strided = s.stride_h != 1 || s.stride_w != 1;
+  if (!strided) {
+    if (p.addend) Parts::Staged::prefetch(p.addend, part.first_row, rows, s.c, first_column);
+    if (p.mask_y) Parts::Staged::prefetch(p.mask_y, part.first_row, rows, s.c, first_column);
+  }
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, a.iterations(), d);
 
-  const int64_t left = grid.pixels() - part.first_row;
-  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
   // Where a sub-problem's pixels lie in dx takes divisions, which are done once per row.
-  const bool strided = s.stride_h != 1 || s.stride_w != 1;
   int* pixels = reinterpret_cast<int*>(shared + Parts::kPixels);
   if (strided) {
     for (int row = threadIdx.x; row < rows; row += Tile::kBlockThreads) {

@@ -42,6 +42,17 @@ class Staging {
     }
   }
 
+  // Asks the second cache for what load() will read where a tile's `rows` pixels follow each other from `first_row` on,
+  // so that memory's latency passes during the product.
+  static __device__ void prefetch(const void* tensor, int64_t first_row, int rows, int channels, int first) {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(Value)), kLines = Tile::kN / kLine;
+    const auto* from = static_cast<const Value*>(tensor) + first_row * channels + first;
+    for (int i = threadIdx.x; i < rows * kLines; i += Tile::kBlockThreads) {
+      const int column = i % kLines * kLine;
+      if (first + column < channels) ptx::prefetch_l2(from + int64_t{i / kLines} * channels + column);
+    }
+  }
+
   // Between global memory and the tile; row r of the tile is pixel_of(r) of `channels` channels, from `first` on.
   // Rows with a negative pixel and columns beyond the channels are not stored, and zero when loaded. Both end with a
   // barrier.

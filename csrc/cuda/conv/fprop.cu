@@ -9,8 +9,10 @@
 // of rows, the shortcut once; writes y once, and three floats per tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
+#include "halo.cuh"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
+#include "tap_operands.cuh"
 
 namespace resnet_fused::cuda {
 namespace {
@@ -69,14 +71,16 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kern
   const unsigned column_tiles = ceil_div(s.k, Tile::kN), row_tile = blockIdx.x / column_tiles;
   const int64_t first_row = int64_t{row_tile} * Tile::kM;
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
-  typename Parts::A a(p.x, nullptr, p.coefficients, shared + Parts::kRing, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
+  typename Parts::A a(p.x, nullptr, p.coefficients, shared + Parts::kRing,
+                      fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
                       fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
   typename Parts::B b(p.weight, s, first_column);
+  const int64_t left = grid.pixels() - first_row;
+  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  if (kInference && p.shortcut) Parts::Staged::prefetch(p.shortcut, first_row, rows, s.k, first_column);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, a.iterations(), d);
 
-  const int64_t left = grid.pixels() - first_row;
-  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
   const auto pixel_of = [&](int row) { return row < rows ? first_row + row : int64_t{-1}; };
   typename Parts::Staged staged(shared);
   if constexpr (kInference) {
@@ -86,13 +90,12 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kern
     const ColumnVector<Tile> shift(affine + kShift * s.k, s.k, first_column);
     for_each_pair<Tile>(d, [&](int row, int column, int j, float v0, float v1) {
       Vector<typename T::Value, 2> pair;
-      const bool joined = p.shortcut && row < rows && first_column + column < s.k;
-      if (joined) pair = staged.read(row, column);
+      if (p.shortcut) pair = staged.read(row, column);
       float v[2] = {v0, v1};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         v[e] = fmaf(v[e], scale(j, e), shift(j, e));
-        if (joined) v[e] += T::load(pair[e]);
+        if (p.shortcut) v[e] += T::load(pair[e]);
         pair[e] = T::store(p.relu && v[e] < 0.0f ? 0.0f : v[e]);
       }
       staged.write(row, column, pair);

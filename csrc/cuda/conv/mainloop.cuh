@@ -4,13 +4,14 @@
 // The one main loop of all convolutions: a ring of kStages stages filled by cp.async, one barrier per stage.
 #pragma once
 
-#include "operands.cuh"
+#include "tile.cuh"
 
 namespace resnet_fused::cuda {
 
 // What an operand offers: kStageBytes; issue(stage) starts the copies of its next stage, skip() stands for them at the
 // end; transform(stage) applies the prologue to the oldest stage, of which only the thread's own copies have arrived;
-// enter(address) goes on to read the stage that is there, and fragment(registers, rows or columns, step) reads it.
+// enter(address) goes on to the stage that is there for all, and fragment(registers, row or column, step) reads it.
+// Where A says kAhead, begin() is called before the first transform, when what the first stage copied is there for all.
 template <class A, class B>
 inline constexpr int kRingBytes = kStages * (A::kStageBytes + B::kStageBytes);
 
@@ -41,7 +42,7 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) issue(s, ring + s * kStageBytes);
 
-  if constexpr (A::kAhead) {  // what the first stage's transform reads of others' copies
+  if constexpr (A::kAhead) {
     ptx::cp_async_wait<kStages - 2>();
     __syncthreads();
     a.begin();

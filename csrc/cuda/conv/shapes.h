@@ -74,8 +74,8 @@ constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
   return int64_t{s.n} * with_parity(s.h, s.stride_h, parity_h) * with_parity(s.w, s.stride_w, parity_w);
 }
 
-// Where a filter's nine taps of stride 1 read the plane that they write, a tile's pixels and a halo before and behind them
-// are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
+// Where a filter's nine taps of stride 1 read the plane that they write, a tile's pixels and a halo before and behind
+// them are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
 inline constexpr int kMostHaloPixels = 64;
 constexpr int halo_pixels(const ConvShape& s) {
   const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
@@ -120,8 +120,8 @@ constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int row
   return {0, 0, 0};  // not reached by tiles below dgrad_tiles
 }
 
-// wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split. Where a row of three
-// taps reads neighbouring pixels of the plane that it writes, a block takes all three, of 16-bit types.
+// wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split. Where a row of
+// three taps reads neighbouring pixels of the plane that it writes, a block takes all three, of 16-bit types.
 constexpr bool wgrad_of_rows(const ConvShape& s, DType dtype) {
   const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
   return same && s.dilation_w == 1 && dtype != DType::Float32;
@@ -140,8 +140,9 @@ constexpr int64_t wgrad_column_tiles(const ConvShape& s, DType dtype) {
   return int64_t{s.r} * s.s * ceil_div(s.c, tile_columns(wgrad_tile(s)));
 }
 
-// Splits of at least kSplitPixels, so that the blocks fill a card about four times, its last round then being a small part;
-// but beyond filling it once only as many as leave fewer partials than operands to be moved.
+// Splits of at least kSplitPixels, so that the blocks fill a card about four times: what the last round leaves idle is
+// a small part then. But beyond filling it once only as many as leave fewer bytes of partials than there are of
+// operands.
 constexpr int64_t wgrad_splits(const ConvShape& s, DType dtype) {
   constexpr int64_t kSplitPixels = 512, kMost = 256, kRounds = 4;
   const bool large = wgrad_of_rows(s, dtype) || wgrad_tile(s) == TileShape::k128x128;

@@ -110,8 +110,8 @@ struct MnMajorTile<Float32, kExtent> {
   }
 };
 
-// Block tile kM x kN of kWarpsM x kWarpsN warps; a multiprocessor shall hold kBlocks such blocks, so that one multiplies
-// while another waits.
+// Block tile kM x kN of kWarpsM x kWarpsN warps; a multiprocessor shall hold kBlocks such blocks, so that one
+// multiplies while another waits.
 template <int kTileM, int kTileN, int kRowsOfWarps, int kColumnsOfWarps, int kBlocksTogether>
 struct BlockTile {
   static constexpr int kM = kTileM, kN = kTileN, kBlocks = kBlocksTogether;

@@ -9,17 +9,18 @@
 #include "../kernels.h"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
+#include "pixel_operands.cuh"
 
 namespace resnet_fused::cuda {
 namespace {
 
 template <class T, class Tile, class PrologueA, class PrologueB>
 struct Wgrad {
-  static constexpr bool kRowOfTaps = std::is_same_v<Tile, TileOfTaps>;
   using A = GradientRows<T, Tile, PrologueA>;
-  using B = std::conditional_t<kRowOfTaps, RowOfTaps<T, Tile, PrologueB>, TapColumns<T, Tile, PrologueB>>;
+  using B = std::conditional_t<std::is_same_v<Tile, TileOfTaps>, RowOfTaps<T, Tile, PrologueB>,
+                               TapColumns<T, Tile, PrologueB>>;
   static constexpr int kRing = kRingBytes<A, B>;
-  static constexpr int kSharedBytes = kRing + (kRowOfTaps ? 128 : 0);
+  static constexpr int kSharedBytes = kRing + B::kZeroBytes;
 };
 
 // Where the tile's would spill, fewer.
@@ -31,11 +32,11 @@ template <class T, class Tile, class PrologueA, class PrologueB>
 __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>) wgrad_kernel(const WgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
+  using B = typename Parts::B;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  constexpr int kTaps = Parts::kRowOfTaps ? 3 : 1, kChannels = Tile::kN / kTaps;
-  const int channel_tiles = (s.c + kChannels - 1) / kChannels;
-  const int tap = blockIdx.y / channel_tiles * kTaps, first_column = blockIdx.y % channel_tiles * kChannels;
+  const int channel_tiles = (s.c + B::kChannels - 1) / B::kChannels;
+  const int tap = blockIdx.y / channel_tiles * B::kTaps, first_channel = blockIdx.y % channel_tiles * B::kChannels;
   const int first_row = blockIdx.x * Tile::kM;
 
   const PixelGrid grid{s.n, s.p, s.q};
@@ -49,25 +50,17 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>)
   Gather gh = fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r);
   Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
   gh.add += tap / s.s * gh.step;
-  gw.add += (tap % s.s + kTaps / 2) * gw.step;
+  gw.add += (tap % s.s + B::kTaps / 2) * gw.step;
   typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, begin, end, s.k, first_row);
-  auto b = [&] {
-    if constexpr (Parts::kRowOfTaps) {
-      return typename Parts::B(p.x, p.coefficients, shared + Parts::kRing, gh, gw, grid, begin, end, s.c, first_column);
-    } else {
-      return typename Parts::B(p.x, p.coefficients, {gh, gw, grid, begin, end}, s.c, first_column);
-    }
-  }();
+  B b(p.x, p.coefficients, shared + Parts::kRing, gh, gw, grid, begin, end, s.c, first_channel);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, (end - begin + kTileK<T> - 1) / kTileK<T>, d);
 
   auto* out = wgrad_is_direct(s, p.dtype, p.dw_dtype) ? static_cast<float*>(p.dw)
                                                       : p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
-  for_each_pair<Tile>(d, [&](int row, int column, int j, float v0, float v1) {
-    int of_row = tap;
-    if constexpr (Parts::kRowOfTaps) of_row += Parts::B::tap_of(j), column = Parts::B::channel_of(j);
-    const int k = first_row + row, c = first_column + column;
-    if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + of_row) * s.c + c, {v0, v1});
+  for_each_pair<Tile>(d, [&](int row, int, int j, float v0, float v1) {
+    const int k = first_row + row, c = first_channel + B::channel_of(j);
+    if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap + B::tap_of(j)) * s.c + c, {v0, v1});
   });
 #endif
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// PTX instructions, one function each (PTX ISA, sections named). cp.async, mma, cvt to TF32 and cvt with relu need compute
-// capability 8.0.
+// PTX instructions, one function each (PTX ISA, sections named). cp.async, mma, cvt to TF32 and cvt with relu need
+// compute capability 8.0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,6 +46,9 @@ template <int kPending>
 __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Data movement: prefetch.global.L2. Asks the second cache for a line.
+__device__ inline void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Warp-level matrix load: ldmatrix. Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of
 // matrix l / 8, and receives of matrix i, in r[i], the values (l / 4, 2 * (l % 4)) and the next; transposed with
