@@ -24,12 +24,14 @@ struct Wgrad {
 };
 
 // Where the tile's would spill, fewer.
-template <class Tile, class PrologueA>
-inline constexpr int kBlocks = PrologueA::kSources == 2 ? Tile::kBlocks : 2;
+template <class Tile, class PrologueA, class PrologueB>
+inline constexpr int kBlocks =
+    PrologueA::kSources == 2 && (PrologueB::kTables == 0 || Tile::kM == Tile::kN) ? Tile::kBlocks : 2;
 
 // Grid: rows of tiles, columns of tiles, splits.
 template <class T, class Tile, class PrologueA, class PrologueB>
-__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>) wgrad_kernel(const WgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA, PrologueB>)
+    wgrad_kernel(const WgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
   using B = typename Parts::B;
