@@ -72,6 +72,11 @@ GEOMETRIES = {
     "tile_128x128": (2, 16, 96, 96, 136, 3, 1, 1, 1),
     "tile_128x128_of_dgrad": (2, 136, 96, 96, 16, 1, 1, 0, 1),
     "tile_128x64_stride": (2, 8, 99, 99, 8, 3, 2, 1, 1),
+    # Where CUDA copies pixels with their halo: the widest planes that it does so for, the next, and large tiles.
+    "halo_of_63": (1, 16, 5, 63, 16, 3, 1, 1, 1),
+    "halo_of_64": (1, 16, 5, 64, 16, 3, 1, 1, 1),
+    "halo_128x64": (6, 8, 53, 53, 8, 3, 1, 1, 1),
+    "halo_128x128": (6, 72, 53, 53, 72, 3, 1, 1, 1),
     "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
 }
 
@@ -294,7 +299,7 @@ def test_layouts_and_alignment(device, name):
         assert torch.equal(ops.conv_fprop(a, coefficients, b, None, *case.geometry)[0], y)
 
 
-@pytest.mark.parametrize("name", ["3x3_stride", "many_splits"])
+@pytest.mark.parametrize("name", ["3x3_stride", "3x3_one_image", "many_splits"])
 def test_the_same_bits_every_time(device, name):
     case = Case(GEOMETRIES[name], dtype_of(device), prologue=True, device=device)
     x, coefficients, weight = case.fprop_arguments()

@@ -82,7 +82,7 @@ const ConvBackend& cuda_conv_backend() {
       [](DType dtype) { return dtype != DType::Float64; },
       [](const ConvShape& s, DType) { return cuda::fprop_tiles(s); },
       [](const ConvShape& s, DType) { return cuda::dgrad_tiles(s); },
-      [](const ConvShape& s, DType, DType dw) { return cuda::wgrad_workspace(s, dw); },
+      cuda::wgrad_workspace,
       cuda::on_current_stream<cuda::fprop, FpropParams>,
       cuda::on_current_stream<cuda::dgrad, DgradParams>,
       cuda::on_current_stream<cuda::wgrad, WgradParams>,

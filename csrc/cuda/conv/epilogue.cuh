@@ -5,6 +5,7 @@
 // channels, and columns are summed over the rows of a tile.
 #pragma once
 
+#include "../device/reduce.cuh"
 #include "tile.cuh"
 
 namespace resnet_fused::cuda {
@@ -41,20 +42,34 @@ class Staging {
     }
   }
 
+  // Asks the second cache for what load() will read where a tile's `rows` pixels follow each other from `first_row` on,
+  // so that memory's latency passes during the product.
+  static __device__ void prefetch(const void* tensor, int64_t first_row, int rows, int channels, int first) {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(Value)), kLines = Tile::kN / kLine;
+    const auto* from = static_cast<const Value*>(tensor) + first_row * channels + first;
+    for (int i = threadIdx.x; i < rows * kLines; i += Tile::kBlockThreads) {
+      const int column = i % kLines * kLine;
+      if (first + column < channels) ptx::prefetch_l2(from + int64_t{i / kLines} * channels + column);
+    }
+  }
+
   // Between global memory and the tile; row r of the tile is pixel_of(r) of `channels` channels, from `first` on.
-  // Rows with a negative pixel and columns beyond the channels are left out. Both end with a barrier.
+  // Rows with a negative pixel and columns beyond the channels are not stored, and zero when loaded. Both end with a
+  // barrier.
   template <class PixelOf>
   __device__ void load(const void* tensor, PixelOf pixel_of, int channels, int first) {
-    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
-      const auto* from = reinterpret_cast<const uint4*>(static_cast<const Value*>(tensor) + offset);
-      ptx::store_shared_128(ptx::shared_address(staged), *from);
+    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged, bool exists) {
+      ptx::cp_async_16(ptx::shared_address(staged), static_cast<const Value*>(tensor) + offset, exists);
     });
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
     __syncthreads();
   }
   template <class PixelOf>
   __device__ void store(void* tensor, PixelOf pixel_of, int channels, int first) {
     __syncthreads();
-    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged) {
+    walk(pixel_of, channels, first, [&](int64_t offset, Value* staged, bool exists) {
+      if (!exists) return;
       store_vector(static_cast<Value*>(tensor) + offset, *reinterpret_cast<const Vector<Value, kValues>*>(staged));
     });
     __syncthreads();
@@ -68,9 +83,8 @@ class Staging {
     for (int i = threadIdx.x; i < Tile::kM * kRowChunks; i += Tile::kBlockThreads) {
       const int row = i / kRowChunks, column = i % kRowChunks * kValues;
       const int64_t pixel = pixel_of(row);
-      if (pixel >= 0 && first + column < channels) {
-        move(pixel * channels + first + column, values_ + row * kStride + column);
-      }
+      const bool exists = pixel >= 0 && first + column < channels;
+      move(pixel * channels + first + column, values_ + row * kStride + column, exists);
     }
   }
 
@@ -99,6 +113,15 @@ class ColumnVector {
   float values_[Tile::kFragmentsN][2];
 };
 
+// Rows from `rows` on become value(j, e), of column e of the pair in the warp's j-th fragment. Whole tiles have none.
+template <class Tile, class Value>
+__device__ void replace_rows(Accumulators<Tile>& d, int rows, Value value) {
+  if (rows >= Tile::kM) return;
+  for_each_pair<Tile>(d, [&](int row, int, int j, float& v0, float& v1) {
+    if (row >= rows) v0 = value(j, 0), v1 = value(j, 1);
+  });
+}
+
 // Per-column sums over the rows of a tile: first of a thread's own rows, then of its warp's, then of all warps'.
 template <class Tile>
 class ColumnSums {
@@ -111,26 +134,38 @@ class ColumnSums {
   // fragment's, and e of the two that a thread holds. Ends with a barrier.
   template <class Value>
   __device__ void sum(Accumulators<Tile>& d, Value value) {
+    constexpr int kColumns = 2 * Tile::kFragmentsN, kLeft = kColumns / 8;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % Tile::kWarpsM;
+    float sums[kColumns] = {};
 #pragma unroll
-    for (int j = 0; j < Tile::kFragmentsN; ++j) {
-      const int column = fragment_column<Tile>(j);
-      float sum[2] = {};
+    for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = warp_row<Tile>() + i * 16 + lane / 4 + half * 8;
-#pragma unroll
-          for (int e = 0; e < 2; ++e) sum[e] += value(row, column + e, d[i][j][2 * half + e], j, e);
+          const int row = warp_row<Tile>() + i * 16 + lane / 4 + half * 8, j = c / 2, e = c % 2;
+          sums[c] += value(row, fragment_column<Tile>(j) + e, d[i][j][2 * half + e], j, e);
         }
       }
+    }
+    // Eight lanes hold the same columns. They share them out: each sends the half of its sums that it does not keep.
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
+    for (int lanes = 16; lanes >= 4; lanes /= 2) {
+      const int kept = kColumns * lanes / 32;
+      const bool upper = lane & lanes;
 #pragma unroll
-        for (int lanes = 16; lanes >= 4; lanes /= 2) sum[e] += __shfl_xor_sync(0xffffffffu, sum[e], lanes);
-        if (lane < 4) shared_[warp * Tile::kN + column + e] = sum[e];
+      for (int c = 0; c < kept; ++c) {
+        const float sent = upper ? sums[c] : sums[c + kept], own = upper ? sums[c + kept] : sums[c];
+        sums[c] = own + __shfl_xor_sync(kWholeWarp, sent, lanes);
       }
+    }
+    const int first = lane / 4 * kLeft;
+    float* out = shared_ + warp * Tile::kN + fragment_column<Tile>(first / 2) + first % 2;
+    if constexpr (kLeft == 2) {
+      ptx::store_shared_64(ptx::shared_address(out), {__float_as_uint(sums[0]), __float_as_uint(sums[1])});
+    } else {
+      static_assert(kLeft == 1);
+      *out = sums[0];
     }
     __syncthreads();
   }

@@ -9,22 +9,26 @@
 // of rows, the shortcut once; writes y once, and three floats per tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
+#include "halo.cuh"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
+#include "tap_operands.cuh"
 
 namespace resnet_fused::cuda {
 namespace {
 
-template <class T, class Tile, class Prologue>
+template <class T, class Tile, class Prologue, bool kHalo>
 struct Fprop {
-  using A = GatheredPixels<T, Tile, Prologue>;
-  using B = WeightRows<T, Tile>;
+  using A = std::conditional_t<kHalo, HaloPixels<T, Tile, Prologue>, GatheredPixels<T, Tile, Prologue>>;
+  using B = WeightRows<T, Tile, A::kTapsInner>;
   using Staged = Staging<T, Tile>;
   using Sums = ColumnSums<Tile>;
-  // The ring's memory serves the epilogue afterwards.
-  static constexpr int kRing = larger(kRingBytes<A, B>, Staged::kBytes + 2 * Sums::kBytes);
+  static constexpr int kRing = kRingBytes<A, B>;
 
-  static constexpr int shared_bytes(int channels) { return kRing + ChannelTables::bytes(Prologue::kTables, channels); }
+  // All of it serves the epilogue afterwards.
+  static constexpr int shared_bytes(int halo) {
+    return larger(kRing + A::shared_bytes(halo), Staged::kBytes + 2 * Sums::kBytes);
+  }
 };
 
 // Count, mean and M2 of every column of the tile, from the values as they are stored.
@@ -33,7 +37,8 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
                                 int first) {
   ColumnSums<Tile> sums(shared), squares(shared + ColumnSums<Tile>::kBytes);
   const float inverse = 1.0f / static_cast<float>(rows);
-  sums.sum(d, [&](int row, int, float v, int, int) { return row < rows ? v : 0.0f; });
+  replace_rows<Tile>(d, rows, [](int, int) { return 0.0f; });
+  sums.sum(d, [](int, int, float v, int, int) { return v; });
   float mean[Tile::kFragmentsN][2];
 #pragma unroll
   for (int j = 0; j < Tile::kFragmentsN; ++j) {
@@ -42,9 +47,10 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
       mean[j][e] = sums.total(fragment_column<Tile>(j) + e) * inverse;
     }
   }
-  squares.sum(d, [&](int row, int, float v, int j, int e) {
+  replace_rows<Tile>(d, rows, [&](int j, int e) { return mean[j][e]; });
+  squares.sum(d, [&](int, int, float v, int j, int e) {
     const float deviation = v - mean[j][e];
-    return row < rows ? deviation * deviation : 0.0f;
+    return deviation * deviation;
   });
   for (int column = threadIdx.x; column < Tile::kN && first + column < channels; column += Tile::kBlockThreads) {
     float* out = statistics + first + column;
@@ -54,29 +60,27 @@ __device__ void tile_statistics(Accumulators<Tile>& d, unsigned char* shared, in
   }
 }
 
-template <class T, class Tile, class Prologue, bool kInference>
+template <class T, class Tile, class Prologue, bool kHalo, bool kInference>
 __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kernel(const FpropParams p) {
 #if RESNET_FUSED_TENSOR_CORES
-  using Parts = Fprop<T, Tile, Prologue>;
+  using Parts = Fprop<T, Tile, Prologue, kHalo>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  ChannelTables tables(reinterpret_cast<float*>(shared + Parts::kRing), s.c);
-  fill_tables<Prologue>(tables, p.coefficients, s.c, 0, s.c);
-  __syncthreads();
-
   const PixelGrid grid{s.n, s.p, s.q};
   // Blocks that read the same rows are neighbours in time, so that the second finds them in the cache.
   const unsigned column_tiles = ceil_div(s.k, Tile::kN), row_tile = blockIdx.x / column_tiles;
   const int64_t first_row = int64_t{row_tile} * Tile::kM;
   const int first_column = static_cast<int>(blockIdx.x % column_tiles) * Tile::kN;
-  typename Parts::A a(p.x, nullptr, tables, fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
+  typename Parts::A a(p.x, nullptr, p.coefficients, shared + Parts::kRing,
+                      fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r),
                       fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s), s.c, grid, first_row);
   typename Parts::B b(p.weight, s, first_column);
+  const int64_t left = grid.pixels() - first_row;
+  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
+  if (kInference && p.shortcut) Parts::Staged::prefetch(p.shortcut, first_row, rows, s.k, first_column);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, a.iterations(), d);
 
-  const int64_t left = grid.pixels() - first_row;
-  const int rows = left < Tile::kM ? static_cast<int>(left) : Tile::kM;
   const auto pixel_of = [&](int row) { return row < rows ? first_row + row : int64_t{-1}; };
   typename Parts::Staged staged(shared);
   if constexpr (kInference) {
@@ -86,13 +90,12 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, Tile::kBlocks) fprop_kern
     const ColumnVector<Tile> shift(affine + kShift * s.k, s.k, first_column);
     for_each_pair<Tile>(d, [&](int row, int column, int j, float v0, float v1) {
       Vector<typename T::Value, 2> pair;
-      const bool joined = p.shortcut && row < rows && first_column + column < s.k;
-      if (joined) pair = staged.read(row, column);
+      if (p.shortcut) pair = staged.read(row, column);
       float v[2] = {v0, v1};
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         v[e] = fmaf(v[e], scale(j, e), shift(j, e));
-        if (joined) v[e] += T::load(pair[e]);
+        if (p.shortcut) v[e] += T::load(pair[e]);
         pair[e] = T::store(p.relu && v[e] < 0.0f ? 0.0f : v[e]);
       }
       staged.write(row, column, pair);
@@ -131,10 +134,13 @@ cudaError_t fprop(const FpropParams& p, cudaStream_t stream) {
       using Tile = decltype(tile);
       const dim3 grid(static_cast<unsigned>(fprop_tiles(s) * ceil_div(s.k, Tile::kN)));
       const auto launch = [&](auto prologue, auto inference) {
-        using Prologue = decltype(prologue);
-        using Parts = Fprop<T, Tile, Prologue>;
-        return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, inference.value>, p, grid, Tile::kBlockThreads,
-                                        Parts::shared_bytes(s.c), Parts::shared_bytes(kMostChannels), stream);
+        return dispatch_halo(s, [&](auto halo) {
+          using Prologue = decltype(prologue);
+          using Parts = Fprop<T, Tile, Prologue, halo.value>;
+          return launch_conv<FpropParams>(fprop_kernel<T, Tile, Prologue, halo.value, inference.value>, p, grid,
+                                          Tile::kBlockThreads, Parts::shared_bytes(halo_pixels(s)),
+                                          Parts::shared_bytes(kMostHaloPixels), stream);
+        });
       };
       if (p.affine) {
         return p.coefficients ? launch(AffineRelu{}, std::true_type{}) : launch(Raw{}, std::true_type{});

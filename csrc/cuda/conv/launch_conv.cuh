@@ -17,9 +17,12 @@
 
 namespace resnet_fused::cuda {
 
-using Tile128x128 = BlockTile<128, 128, 4, 2>;
-using Tile128x64 = BlockTile<128, 64, 4, 1>;
-using Tile64x64 = BlockTile<64, 64, 2, 2>;
+// Four warps each: of 64x64, 32x64 and 32x32.
+using Tile128x128 = BlockTile<128, 128, 2, 2, 2>;
+using Tile128x64 = BlockTile<128, 64, 4, 1, 3>;
+using Tile64x64 = BlockTile<64, 64, 2, 2, 4>;
+// wgrad's for three taps of 64 channels.
+using TileOfTaps = BlockTile<64, 3 * 64, 2, 2, 2>;
 
 template <class Call>
 cudaError_t dispatch_tile(TileShape shape, Call call) {
@@ -40,6 +43,12 @@ cudaError_t dispatch_conv_dtype(DType dtype, Call call) {
     case DType::Float16: return call(Float16{});
     default: return cudaErrorInvalidValue;
   }
+}
+
+// Whether the nine taps of a filter share their pixels.
+template <class Call>
+cudaError_t dispatch_halo(const ConvShape& s, Call call) {
+  return halo_pixels(s) >= 0 ? call(std::true_type{}) : call(std::false_type{});
 }
 
 // `shared_bytes` of this launch, and the most that the kernel is ever launched with.

@@ -4,10 +4,14 @@
 // The one main loop of all convolutions: a ring of kStages stages filled by cp.async, one barrier per stage.
 #pragma once
 
-#include "operands.cuh"
+#include "tile.cuh"
 
 namespace resnet_fused::cuda {
 
+// What an operand offers: kStageBytes; issue(stage) starts the copies of its next stage, skip() stands for them at the
+// end; transform(stage) applies the prologue to the oldest stage, of which only the thread's own copies have arrived;
+// enter(address) goes on to the stage that is there for all, and fragment(registers, row or column, step) reads it.
+// Where A says kAhead, begin() is called before the first transform, when what the first stage copied is there for all.
 template <class A, class B>
 inline constexpr int kRingBytes = kStages * (A::kStageBytes + B::kStageBytes);
 
@@ -25,11 +29,10 @@ template <class T, class Tile, class A, class B>
 __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accumulators<Tile>& d) {
   constexpr int kStageBytes = A::kStageBytes + B::kStageBytes;
   static_assert(A::kStageBytes % kTileAlignment == 0 && B::kStageBytes % kTileAlignment == 0);
-  const auto stage_of = [&](int slot) { return ring + slot * kStageBytes; };
-  const auto issue = [&](int iteration, int slot) {
+  const auto issue = [&](int iteration, unsigned char* stage) {
     if (iteration < iterations) {
-      a.issue(stage_of(slot));
-      b.issue(stage_of(slot) + A::kStageBytes);
+      a.issue(stage);
+      b.issue(stage + A::kStageBytes);
     } else {
       a.skip();
       b.skip();
@@ -37,33 +40,36 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
     ptx::cp_async_commit();  // empty at the end: the number of groups under way stays the same
   };
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) issue(s, s);
+  for (int s = 0; s < kStages - 1; ++s) issue(s, ring + s * kStageBytes);
 
-  const int lane_a = A::Layout::lane_a(warp_row<Tile>()), lane_b = B::Layout::lane_b(warp_column<Tile>());
-  int slot = 0;
+  if constexpr (A::kAhead) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();
+    a.begin();
+  }
+  unsigned char *stage = ring, *before = ring + (kStages - 1) * kStageBytes;
   for (int k = 0; k < iterations; ++k) {
     ptx::cp_async_wait<kStages - 2>();
-    unsigned char* stage = stage_of(slot);
     a.transform(stage);
     b.transform(stage + A::kStageBytes);
     // Everyone's copies and transforms have arrived, and everyone has read the stage before, which is filled next.
     __syncthreads();
-    issue(k + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+    issue(k + kStages - 1, before);
 
-    const uint32_t at_a = ptx::shared_address(stage) + lane_a;
-    const uint32_t at_b = ptx::shared_address(stage) + A::kStageBytes + lane_b;
+    a.enter(ptx::shared_address(stage));
+    b.enter(ptx::shared_address(stage) + A::kStageBytes);
 #pragma unroll
     for (int step = 0; step < kStageSteps; ++step) {
       uint32_t fragments_a[Tile::kFragmentsM][4];
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
-        A::Layout::fragment_a(fragments_a[i], at_a, i * 16, step);
+        a.fragment(fragments_a[i], i * 16, step);
         prepare<T>(fragments_a[i]);
       }
 #pragma unroll
       for (int j = 0; j < Tile::kFragmentsN; j += 2) {
         uint32_t fragments_b[4];
-        B::Layout::fragment_b(fragments_b, at_b, j * 8, step);
+        b.fragment(fragments_b, j * 8, step);
         prepare<T>(fragments_b);
 #pragma unroll
         for (int i = 0; i < Tile::kFragmentsM; ++i) {
@@ -72,7 +78,8 @@ __device__ void accumulate(A& a, B& b, unsigned char* ring, int iterations, Accu
         }
       }
     }
-    slot = slot + 1 == kStages ? 0 : slot + 1;
+    before = stage;
+    stage = stage == ring + (kStages - 1) * kStageBytes ? ring : stage + kStageBytes;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();

@@ -12,11 +12,10 @@
 
 namespace resnet_fused::cuda {
 
-// What shapes the kernels take. Channels: 16 bytes of 16-bit values, the same for float32; the prologue's tables have to
-// fit into shared memory. Kernels count pixels in 32 bits, a stage too far.
-inline constexpr int64_t kMostChannels = 2048;
+// What shapes the kernels take. Channels: 16 bytes of 16-bit values, the same for float32. Kernels count a weight's
+// elements and pixels in 32 bits, pixels a stage too far.
 inline constexpr ConvLimits kConvLimits = {
-    .channel_multiple = 8, .channels = kMostChannels, .taps = 7, .stride = 2, .pixels = (int64_t{1} << 31) - 1024};
+    .channel_multiple = 8, .channels = 2048, .taps = 7, .stride = 2, .pixels = (int64_t{1} << 31) - 1024};
 
 // Rows and columns of the output per block.
 enum class TileShape : int { k128x128, k128x64, k64x64 };
@@ -75,6 +74,15 @@ constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
   return int64_t{s.n} * with_parity(s.h, s.stride_h, parity_h) * with_parity(s.w, s.stride_w, parity_w);
 }
 
+// Where a filter's nine taps of stride 1 read the plane that they write, a tile's pixels and a halo before and behind
+// them are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
+inline constexpr int kMostHaloPixels = 64;
+constexpr int halo_pixels(const ConvShape& s) {
+  const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
+  const int64_t pixels = int64_t{s.pad_h} * s.w + s.pad_w;
+  return same && pixels <= kMostHaloPixels ? static_cast<int>(pixels) : -1;
+}
+
 constexpr TileShape dgrad_tile(const ConvShape& s) { return choose_tile(int64_t{s.n} * s.h * s.w, s.c); }
 
 // Tiles of all sub-problems.
@@ -99,6 +107,7 @@ constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int row
   const auto at = [&](int part, int64_t index) {
     return SubProblem{part / s.stride_w, part % s.stride_w, index * rows};
   };
+  if (parts == 1) return at(0, tile);
   // Of even parity are the most pixels, of odd parity the fewest.
   const int64_t together = tiles_of(parts - 1);
   if (tile < together << bits) return at(static_cast<int>(tile & (parts - 1)), tile >> bits);
@@ -111,30 +120,49 @@ constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int row
   return {0, 0, 0};  // not reached by tiles below dgrad_tiles
 }
 
-// wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split so that the blocks
-// fill a card, each split at least kSplitPixels long. Of the smaller tiles' blocks, of half the warps, it takes more.
+// wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split. Where a row of
+// three taps reads neighbouring pixels of the plane that it writes, a block takes all three, of 16-bit types.
+constexpr bool wgrad_of_rows(const ConvShape& s, DType dtype) {
+  const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
+  return same && s.dilation_w == 1 && dtype != DType::Float32;
+}
+
 constexpr TileShape wgrad_tile(const ConvShape& s) {
   return s.k > 64 && s.c > 64 ? TileShape::k128x128 : s.k > 64 ? TileShape::k128x64 : TileShape::k64x64;
 }
 
-constexpr int64_t wgrad_column_tiles(const ConvShape& s) {
+// Blocks per split.
+constexpr int64_t wgrad_row_tiles(const ConvShape& s, DType dtype) {
+  return ceil_div(s.k, wgrad_of_rows(s, dtype) ? 64 : tile_rows(wgrad_tile(s)));
+}
+constexpr int64_t wgrad_column_tiles(const ConvShape& s, DType dtype) {
+  if (wgrad_of_rows(s, dtype)) return s.r * ceil_div(s.c, 64);
   return int64_t{s.r} * s.s * ceil_div(s.c, tile_columns(wgrad_tile(s)));
 }
 
-constexpr int64_t wgrad_splits(const ConvShape& s) {
-  constexpr int64_t kSplitPixels = 512, kMost = 256;
-  const int64_t enough = wgrad_tile(s) == TileShape::k128x128 ? 256 : 512;
-  const int64_t blocks = ceil_div(s.k, tile_rows(wgrad_tile(s))) * wgrad_column_tiles(s);
-  const int64_t wanted = ceil_div(enough, blocks), useful = ceil_div(output_pixels(s), kSplitPixels);
+// Splits of at least kSplitPixels, so that the blocks fill a card about four times: what the last round leaves idle is
+// a small part then. But beyond filling it once only as many as leave fewer bytes of partials than there are of
+// operands.
+constexpr int64_t wgrad_splits(const ConvShape& s, DType dtype) {
+  constexpr int64_t kSplitPixels = 512, kMost = 256, kRounds = 4;
+  const bool large = wgrad_of_rows(s, dtype) || wgrad_tile(s) == TileShape::k128x128;
+  const int64_t once = large ? 256 : 512;
+  const int64_t blocks = wgrad_row_tiles(s, dtype) * wgrad_column_tiles(s, dtype), pixels = output_pixels(s);
+  const int64_t operands = pixels * (2 * s.k + s.c), partials = 4 * int64_t{s.k} * s.r * s.s * s.c;  // in 2 bytes
+  const int64_t least = ceil_div(once, blocks), cheap = operands / partials;
+  const int64_t most = ceil_div(kRounds * once, blocks);
+  const int64_t wanted = cheap < least ? least : cheap < most ? cheap : most, useful = ceil_div(pixels, kSplitPixels);
   const int64_t splits = wanted < useful ? wanted : useful;
   return splits < 1 ? 1 : splits > kMost ? kMost : splits;
 }
 
 // One split writes a float gradient itself; all others leave partials to be added.
-constexpr bool wgrad_is_direct(const ConvShape& s, DType dw) { return wgrad_splits(s) == 1 && dw == DType::Float32; }
+constexpr bool wgrad_is_direct(const ConvShape& s, DType dtype, DType dw) {
+  return wgrad_splits(s, dtype) == 1 && dw == DType::Float32;
+}
 
-constexpr int64_t wgrad_workspace(const ConvShape& s, DType dw) {
-  return wgrad_is_direct(s, dw) ? 0 : wgrad_splits(s) * s.k * s.r * s.s * s.c;
+constexpr int64_t wgrad_workspace(const ConvShape& s, DType dtype, DType dw) {
+  return wgrad_is_direct(s, dtype, dw) ? 0 : wgrad_splits(s, dtype) * s.k * s.r * s.s * s.c;
 }
 
 }  // namespace resnet_fused::cuda

@@ -71,6 +71,7 @@ struct MnMajorTile {
     const int lane = threadIdx.x % 32;
     return offset(lane % 16, column / 8 + lane / 16);
   }
+  // Warps' extents are powers of two: a warp's first chunk and the constants from there on have no bits in common.
   static __device__ void fragment_a(uint32_t (&r)[4], uint32_t at, int m, int step) {
     ptx::ldmatrix_x4<true>(r, (at ^ (m / 8 * kChunkBytes)) + 16 * step * kRowBytes);
   }
@@ -109,18 +110,16 @@ struct MnMajorTile<Float32, kExtent> {
   }
 };
 
-// Block tile kM x kN of kWarpsM x kWarpsN warps.
-template <int kTileM, int kTileN, int kRowsOfWarps, int kColumnsOfWarps>
+// Block tile kM x kN of kWarpsM x kWarpsN warps; a multiprocessor shall hold kBlocks such blocks, so that one
+// multiplies while another waits.
+template <int kTileM, int kTileN, int kRowsOfWarps, int kColumnsOfWarps, int kBlocksTogether>
 struct BlockTile {
-  static constexpr int kM = kTileM, kN = kTileN;
+  static constexpr int kM = kTileM, kN = kTileN, kBlocks = kBlocksTogether;
   static constexpr int kWarpsM = kRowsOfWarps, kWarpsN = kColumnsOfWarps;
   static constexpr int kBlockThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  // Per multiprocessor, so that one multiplies while another waits; of tiles that aren't square a thread holds more.
-  static constexpr int kBlocks = (kM == kN ? 512 : 384) / kBlockThreads;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
-  // Powers of two: a warp's first chunk and the constants from there on have no bits in common.
-  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && (kWarpM & (kWarpM - 1)) == 0 && (kWarpN & (kWarpN - 1)) == 0);
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
 };
 
 // d[i][j] is the m16n8 accumulator of fragment row i and column j of the warp: element e lies in row

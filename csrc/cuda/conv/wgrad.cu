@@ -9,39 +9,37 @@
 #include "../kernels.h"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
+#include "pixel_operands.cuh"
 
 namespace resnet_fused::cuda {
 namespace {
 
 template <class T, class Tile, class PrologueA, class PrologueB>
 struct Wgrad {
-  using A = PixelColumns<T, Tile, Tile::kM, PrologueA, OwnPixels>;
-  using B = PixelColumns<T, Tile, Tile::kN, PrologueB, TapPixels>;
+  using A = GradientRows<T, Tile, PrologueA>;
+  using B = std::conditional_t<std::is_same_v<Tile, TileOfTaps>, RowOfTaps<T, Tile, PrologueB>,
+                               TapColumns<T, Tile, PrologueB>>;
   static constexpr int kRing = kRingBytes<A, B>;
-  static constexpr int kSharedBytes =
-      kRing + ChannelTables::bytes(PrologueA::kTables, Tile::kM) + ChannelTables::bytes(PrologueB::kTables, Tile::kN);
+  static constexpr int kSharedBytes = kRing + B::kZeroBytes;
 };
 
 // Where the tile's would spill, fewer.
-template <class Tile, class PrologueA>
-inline constexpr int kBlocks = PrologueA::kSources == 2 ? Tile::kBlocks : 256 / Tile::kBlockThreads;
+template <class Tile, class PrologueA, class PrologueB>
+inline constexpr int kBlocks =
+    PrologueA::kSources == 2 && (PrologueB::kTables == 0 || Tile::kM == Tile::kN) ? Tile::kBlocks : 2;
 
 // Grid: rows of tiles, columns of tiles, splits.
 template <class T, class Tile, class PrologueA, class PrologueB>
-__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>) wgrad_kernel(const WgradParams p) {
+__global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA, PrologueB>)
+    wgrad_kernel(const WgradParams p) {
 #if RESNET_FUSED_TENSOR_CORES
   using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
+  using B = typename Parts::B;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const ConvShape& s = p.shape;
-  auto* memory = reinterpret_cast<float*>(shared + Parts::kRing);
-  const int channel_tiles = (s.c + Tile::kN - 1) / Tile::kN;
-  const int tap = blockIdx.y / channel_tiles, first_column = blockIdx.y % channel_tiles * Tile::kN;
+  const int channel_tiles = (s.c + B::kChannels - 1) / B::kChannels;
+  const int tap = blockIdx.y / channel_tiles * B::kTaps, first_channel = blockIdx.y % channel_tiles * B::kChannels;
   const int first_row = blockIdx.x * Tile::kM;
-  ChannelTables tables_a(memory, Tile::kM);
-  ChannelTables tables_b(memory + ChannelTables::floats(PrologueA::kTables, Tile::kM), Tile::kN);
-  fill_tables<PrologueA>(tables_a, p.grad.backward_coefficients, s.k, first_row, Tile::kM);
-  fill_tables<PrologueB>(tables_b, p.coefficients, s.c, first_column, Tile::kN);
-  __syncthreads();
 
   const PixelGrid grid{s.n, s.p, s.q};
   // Splits are cut at whole stages; the first ones get one more where they don't share them evenly.
@@ -54,17 +52,17 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA>)
   Gather gh = fprop_gather(s.h, s.stride_h, s.pad_h, s.dilation_h, s.r);
   Gather gw = fprop_gather(s.w, s.stride_w, s.pad_w, s.dilation_w, s.s);
   gh.add += tap / s.s * gh.step;
-  gw.add += tap % s.s * gw.step;
-  typename Parts::A a(p.grad.g, p.grad.y, tables_a, {begin, end}, s.k, first_row);
-  typename Parts::B b(p.x, nullptr, tables_b, {gh, gw, grid, begin, end}, s.c, first_column);
+  gw.add += (tap % s.s + B::kTaps / 2) * gw.step;
+  typename Parts::A a(p.grad.g, p.grad.y, p.grad.backward_coefficients, begin, end, s.k, first_row);
+  B b(p.x, p.coefficients, shared + Parts::kRing, gh, gw, grid, begin, end, s.c, first_channel);
   Accumulators<Tile> d = {};
   accumulate<T, Tile>(a, b, shared, (end - begin + kTileK<T> - 1) / kTileK<T>, d);
 
-  auto* out = wgrad_is_direct(s, p.dw_dtype) ? static_cast<float*>(p.dw)
-                                             : p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
-  for_each_pair<Tile>(d, [&](int row, int column, int, float v0, float v1) {
-    const int k = first_row + row, c = first_column + column;
-    if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap) * s.c + c, {v0, v1});
+  auto* out = wgrad_is_direct(s, p.dtype, p.dw_dtype) ? static_cast<float*>(p.dw)
+                                                      : p.workspace + blockIdx.z * (int64_t{s.k} * s.r * s.s * s.c);
+  for_each_pair<Tile>(d, [&](int row, int, int j, float v0, float v1) {
+    const int k = first_row + row, c = first_channel + B::channel_of(j);
+    if (k < s.k && c < s.c) store_vector<2>(out + (int64_t{k} * s.r * s.s + tap + B::tap_of(j)) * s.c + c, {v0, v1});
   });
 #endif
 }
@@ -104,25 +102,29 @@ cudaError_t launch_add_splits(const WgradParams& p, int splits, cudaStream_t str
 
 cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
   const ConvShape& s = p.shape;
-  const auto splits = static_cast<unsigned>(wgrad_splits(s));
+  const auto splits = static_cast<unsigned>(wgrad_splits(s, p.dtype));
+  const dim3 grid(static_cast<unsigned>(wgrad_row_tiles(s, p.dtype)),
+                  static_cast<unsigned>(wgrad_column_tiles(s, p.dtype)), splits);
   const cudaError_t error = dispatch_conv_dtype(p.dtype, [&](auto t) {
-    return dispatch_tile(wgrad_tile(s), [&](auto tile) {
-      using T = decltype(t);
+    using T = decltype(t);
+    const auto launch = [&](auto tile) {
       using Tile = decltype(tile);
-      const dim3 grid(static_cast<unsigned>(ceil_div(s.k, Tile::kM)), static_cast<unsigned>(wgrad_column_tiles(s)),
-                      splits);
-      const auto launch = [&](auto a, auto b) {
+      const auto with = [&](auto a, auto b) {
         using PrologueA = decltype(a);
         using PrologueB = decltype(b);
         using Parts = Wgrad<T, Tile, PrologueA, PrologueB>;
         return launch_conv<WgradParams>(wgrad_kernel<T, Tile, PrologueA, PrologueB>, p, grid, Tile::kBlockThreads,
                                         Parts::kSharedBytes, Parts::kSharedBytes, stream);
       };
-      if (p.grad.y) return p.coefficients ? launch(BackwardAffine{}, AffineRelu{}) : launch(BackwardAffine{}, Raw{});
-      return p.coefficients ? launch(Raw{}, AffineRelu{}) : launch(Raw{}, Raw{});
-    });
+      if (p.grad.y) return p.coefficients ? with(BackwardAffine{}, AffineRelu{}) : with(BackwardAffine{}, Raw{});
+      return p.coefficients ? with(Raw{}, AffineRelu{}) : with(Raw{}, Raw{});
+    };
+    if constexpr (sizeof(typename T::Value) == 2) {
+      if (wgrad_of_rows(s, p.dtype)) return launch(TileOfTaps{});
+    }
+    return dispatch_tile(wgrad_tile(s), launch);
   });
-  if (error != cudaSuccess || wgrad_is_direct(s, p.dw_dtype)) return error;
+  if (error != cudaSuccess || wgrad_is_direct(s, p.dtype, p.dw_dtype)) return error;
   return launch_add_splits(p, static_cast<int>(splits), stream);
 }
 

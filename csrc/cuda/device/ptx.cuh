@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// PTX instructions, one function each (PTX ISA, sections named). cp.async, mma and cvt to TF32 need compute capability
-// 8.0.
+// PTX instructions, one function each (PTX ISA, sections named). cp.async, mma, cvt to TF32 and cvt with relu need
+// compute capability 8.0.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +33,12 @@ __device__ inline void cp_async_16(uint32_t shared, const void* source, bool val
                : "memory");
 }
 
+// The same of 4 bytes, which need no wider alignment.
+__device__ inline void cp_async_4(uint32_t shared, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(source), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of the newest groups of this thread are under way.
@@ -40,6 +46,9 @@ template <int kPending>
 __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Data movement: prefetch.global.L2. Asks the second cache for a line.
+__device__ inline void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Warp-level matrix load: ldmatrix. Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of
 // matrix l / 8, and receives of matrix i, in r[i], the values (l / 4, 2 * (l % 4)) and the next; transposed with
@@ -73,6 +82,15 @@ __device__ inline uint2 load_shared_64(uint32_t shared) {
   return value;
 }
 
+__device__ inline float4 load_shared_128(uint32_t shared) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(shared)
+               : "memory");
+  return value;
+}
+
 // Data movement: st.shared, of 16 and 8 bytes at a multiple of as many.
 __device__ inline void store_shared_128(uint32_t shared, uint4 value) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
@@ -82,6 +100,29 @@ __device__ inline void store_shared_128(uint32_t shared, uint4 value) {
 
 __device__ inline void store_shared_64(uint32_t shared, uint2 value) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(value.x), "r"(value.y) : "memory");
+}
+
+// Keeps a value in its register: the compiler would rather compute it again wherever it is used.
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+// Data conversion: cvt.rn.relu. Two floats rounded into one word, `low` in its lower half, negative ones zero; a NaN
+// stays one.
+template <class T>
+__device__ uint32_t relu_pair(float low, float high);
+
+template <>
+__device__ inline uint32_t relu_pair<Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ inline uint32_t relu_pair<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // Data conversion: cvt.rna.tf32. Rounds a float to the 10 bits of mantissa that a TF32 mma reads.
