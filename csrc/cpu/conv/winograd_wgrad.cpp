@@ -104,7 +104,7 @@ class WinogradWgrad {
         g.rows = std::min<int64_t>(16, shape_.c - block * 16), g.columns = shape_.k, g.pitch = plan_.padded_columns;
         g.row_step = 1, g.column_step = int64_t{9} * shape_.c;
         g.dw = static_cast<char*>(dw) + block * 16 * bytes_of(dtype);
-        conv_kernels().winograd_finish_weights(g, shape_.c * plan_.padded_columns, shape_.c);
+        conv_kernels().winograd(2).finish_weights(g, shape_.c * plan_.padded_columns, shape_.c);
       }
     });
   }
@@ -162,8 +162,8 @@ class WinogradWgrad {
         const int64_t unit = group * plan_.units_per_group + first + i;
         const int64_t image = unit / plan_.tile_rows, row = unit % plan_.tile_rows * 2;
         copy_rows(x_, shape_.h, shape_.w, image, row - shape_.pad_h, 4, -shape_.pad_w, columns, channel, width, copy);
-        kernels.winograd_source(copy, columns * kPanel, kPanel, plan_.tile_columns,
-                                batch + i * plan_.tile_columns * kPanel, batch_pitch());
+        kernels.winograd(2).source(copy, columns * kPanel, kPanel, plan_.tile_columns,
+                                   batch + i * plan_.tile_columns * kPanel, batch_pitch());
       }
       for (int64_t i = 0; i < 16; ++i) {
         const Operand tiles{DType::Float32, Prologue::kNone, kPanel,  batch + i * batch_pitch(),
@@ -184,7 +184,7 @@ class WinogradWgrad {
       const int64_t image = unit / plan_.tile_rows, row = unit % plan_.tile_rows * 2;
       copy_rows(grad_, shape_.p, shape_.q, image, row, 2, 0, columns, channel,
                 std::min<int64_t>(kPanel, shape_.k - channel), copy);
-      conv_kernels().winograd_gradient(copy, columns * kPanel, plan_.tile_columns, out, plan_.straight_pitch);
+      conv_kernels().winograd(2).gradient(copy, columns * kPanel, plan_.tile_columns, out, plan_.straight_pitch);
     }
   }
 

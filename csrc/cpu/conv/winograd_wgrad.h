@@ -11,7 +11,7 @@
 
 namespace resnet_fused::cpu {
 
-// Floats; for shapes of which winograd_applies.
+// Floats; for shapes of which winograd_tile is not 0.
 int64_t winograd_wgrad_workspace(const ConvShape& shape);
 
 void run_winograd_wgrad(const WgradParams& p, const Microkernel& kernel);
