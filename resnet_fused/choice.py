@@ -49,7 +49,7 @@ FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
 FEW_PIXELS_FLOAT = 3136
 FEWEST_TILES = 32  # of 2x2 outputs that pay for reading Winograd's 16 values per weight
-TRANSFORMATION_TILES = 181  # what transforming the filter costs, as csrc/cpu/conv/winograd.cpp has measured it
+TRANSFORMATION_TILES = {2: 181, 4: 300}  # what transforming the filter costs, see csrc/cpu/conv/winograd.cpp
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
@@ -78,6 +78,6 @@ def native_is_faster(
             tiles = {size: x_shape[0] * -(-height // size) * -(-width // size) for size in (2, 4)}
             if use is Use.PACKED:
                 return tiles[2] >= FEWEST_TILES
-            return min((size + 2) ** 2 * (n + TRANSFORMATION_TILES) for size, n in tiles.items()) <= 9 * pixels
+            return min((size + 2) ** 2 * (n + TRANSFORMATION_TILES[size]) for size, n in tiles.items()) <= 9 * pixels
         return pointwise and (use is Use.INFERENCE or pixels <= FEW_PIXELS_FLOAT)
     return pixels <= FEW_PIXELS or (pointwise and use is Use.INFERENCE)

@@ -91,11 +91,11 @@ void fprop(const FpropParams& p) {
 void dgrad(const DgradParams& p) { run(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
 int64_t workspace(const ConvShape& s, DType dtype, DType) {
-  return winograd_tile(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
+  return winograd_wgrad_tile(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
 }
 
 void wgrad(const WgradParams& p) {
-  const auto run = winograd_tile(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
+  const auto run = winograd_wgrad_tile(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
   run(p, microkernel(p.dtype));
 }
 

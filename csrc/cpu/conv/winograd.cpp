@@ -21,9 +21,9 @@ constexpr int kFewestTiles2 = 64, kFewestTiles4 = 48, kMostTiles = 112;
 // Channels whose products are summed in registers before they are added to the others' where tiles are 4x4: that
 // halves the error of long sums, which is then the direct sum's.
 constexpr int64_t kSummedTogether = 32;
-// What the filter's transformation costs, in tiles. Measured with 256 channels on 14x14 and 512 on 7x7, where 2x2 gain
-// from 4 and 16 images on, and 4x4 are about as fast at 16 images.
-constexpr int64_t kTransformationTiles = 181;
+// What the filter's transformation costs, in tiles. Measured with 256 channels on 14x14 and 512 on 7x7: 2x2 gain from 4
+// and 16 images on, 4x4 are behind 2x2 at 16 and 32 images; in wgrad they are ahead at 16.
+constexpr int64_t kTransformationTiles2 = 181, kTransformationTiles4 = 300, kTransformationTilesWgrad = 64;
 constexpr int64_t kMostKept = 128 * 128;  // pairs of channels that 4x4's 36 values are kept of
 constexpr int kMostChunks = 64;
 constexpr int kFewBlocks = 8;  // below, panels are spread over threads as well
@@ -165,9 +165,9 @@ class Winograd {
 };
 
 // Multiplications per pair of channels, with the filter's transformation.
-int64_t winograd_cost(const ConvShape& s, int tile) {
+int64_t winograd_cost(const ConvShape& s, int tile, int64_t transformation) {
   const int64_t tiles = s.n * ceil_div(s.p, tile) * ceil_div(s.q, tile);
-  return (tile + 2) * (tile + 2) * (tiles + kTransformationTiles);
+  return (tile + 2) * (tile + 2) * (tiles + transformation);
 }
 
 bool winograd_fits(const ConvShape& s, DType dtype) {
@@ -179,8 +179,14 @@ bool winograd_fits(const ConvShape& s, DType dtype) {
 
 int winograd_tile(const ConvShape& s, DType dtype) {
   if (!winograd_fits(s, dtype)) return 0;
-  const int tile = winograd_cost(s, 4) < winograd_cost(s, 2) ? 4 : 2;
-  return winograd_cost(s, tile) <= int64_t{9} * s.n * s.p * s.q ? tile : 0;
+  const int64_t two = winograd_cost(s, 2, kTransformationTiles2), four = winograd_cost(s, 4, kTransformationTiles4);
+  return std::min(two, four) > int64_t{9} * s.n * s.p * s.q ? 0 : four < two ? 4 : 2;
+}
+
+int winograd_wgrad_tile(const ConvShape& s, DType dtype) {
+  if (!winograd_tile(s, dtype)) return 0;
+  const auto cost = [&](int tile) { return winograd_cost(s, tile, kTransformationTilesWgrad); };
+  return cost(4) < cost(2) ? 4 : 2;
 }
 
 int kept_winograd_tile(const ConvShape& s, DType dtype) {

@@ -30,9 +30,10 @@ struct WinogradPlan {
   int64_t packed_floats() const { return int64_t{panels} * products() * padded_channels * kPanel; }
 };
 
-// The tiles by which a convolution is the fastest, 0 where direct sums are: in all passes, or of weights that are packed
-// once for planes of any size.
+// The tiles by which a convolution is the fastest, 0 where direct sums are: in fprop and dgrad; in wgrad; with weights that
+// are packed once for planes of any size.
 int winograd_tile(const ConvShape& s, DType dtype);
+int winograd_wgrad_tile(const ConvShape& s, DType dtype);
 int kept_winograd_tile(const ConvShape& s, DType dtype);
 
 WinogradPlan plan_winograd(const ConvShape& s, bool forward, int tile);
