@@ -96,6 +96,11 @@ CPU_GEOMETRIES = {
     "winograd_full_padding": (2, 16, 27, 28, 16, 3, 1, 2, 1),
     "winograd_many_images": (24, 48, 7, 7, 72, 3, 1, 1, 1),
     "winograd_wide": (8, 272, 12, 12, 272, 3, 1, 1, 1),
+    "winograd_4x4": (4, 64, 56, 52, 72, 3, 1, 1, 1),
+    "winograd_4x4_odd": (3, 41, 55, 49, 23, 3, 1, 1, 1),
+    "winograd_4x4_no_padding": (3, 16, 54, 51, 24, 3, 1, 0, 1),
+    "winograd_4x4_full_padding": (3, 24, 45, 48, 16, 3, 1, 2, 1),
+    "winograd_4x4_many_images": (48, 136, 12, 11, 72, 3, 1, 1, 1),
     "many_images": (9, 136, 7, 7, 200, 3, 2, 1, 1),
     "rows_of_an_image": (1, 256, 40, 56, 64, 3, 2, 1, 1),
 }

@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 import resnet_fused as rf
 from resnet_fused import ops
 from resnet_fused.choice import Use, native_is_faster
-from resnet_fused.testing import FLOORS, errors
+from resnet_fused.testing import FLOORS, assert_close, errors
 
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
@@ -39,6 +40,7 @@ SHAPES = {  # N, C, H, W, K, filter, stride: direct, Winograd's, both kinds of w
     "pointwise": (3, 72, 30, 30, 40, 1, 1),
     "strided": (3, 40, 21, 20, 72, 3, 2),
     "winograd": (3, 48, 30, 29, 80, 3, 1),
+    "winograd_4x4": (3, 48, 54, 53, 80, 3, 1),
     "wide": (2, 320, 14, 14, 320, 3, 1),
     "wide_pointwise": (3, 640, 9, 9, 768, 1, 1),
     "few_pixels": (2, 75, 15, 13, 200, 3, 2),
@@ -145,6 +147,37 @@ def test_a_processor_that_does_not_multiply_bfloat16_says_so():
     assert "no microkernel for torch.bfloat16" in run_passes(ONEDNN_MAX_CPU_ISA="AVX2")[1]
 
 
+@pytest.mark.parametrize(("channels", "plane"), [(64, 56), (128, 28)])
+def test_large_tiles_are_as_exact_as_policy_asks(channels, plane):
+    """Winograd's 4x4 tiles against float64 and eager, behind a ReLU as in a network."""
+    needs(torch.float32)
+    x = channels_last(3, channels, plane, plane).relu_()
+    weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
+    exact = torch.conv2d(x.double(), weight.double(), padding=1)
+    y, _ = ops.conv_fprop(x, None, weight, None, *GEOMETRY)
+    assert_close("y", y, torch.conv2d(x, weight, padding=1), exact)
+    grad = torch.randn_like(y)
+    dx, _ = ops.conv_dgrad(grad, None, None, weight, (plane, plane), *GEOMETRY)
+    dw = ops.conv_wgrad(grad, None, None, x, None, (3, 3), *GEOMETRY, torch.float32)
+    eager = [conv2d_input(x.shape, weight, grad, padding=1), conv2d_weight(x, weight.shape, grad, padding=1)]
+    x, weight, grad = x.double(), weight.double(), grad.double()
+    assert_close("dx", dx, eager[0], conv2d_input(x.shape, weight, grad, padding=1))
+    assert_close("dw", dw, eager[1], conv2d_weight(x, weight.shape, grad, padding=1))
+
+
+@pytest.mark.parametrize("plane", [8, 56])
+def test_what_is_not_finite_stays_in_the_tiles_that_read_it(plane):
+    """At least where eager has it, and no further than a tile of 4x4 results reaches."""
+    needs(torch.float32)
+    x, weight = channels_last(2, 64, plane, plane), channels_last(64, 64, 3, 3)
+    x[1, 5, plane // 2, 3] = float("inf")
+    y, _ = ops.conv_fprop(x, None, weight, None, *GEOMETRY)
+    found, expected = ~y.isfinite(), ~torch.conv2d(x, weight, padding=1).isfinite()
+    assert found[expected].all()
+    near = nn.functional.max_pool2d(expected.float(), 7, 1, 3) > 0
+    assert not found[~near].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("taps", [1, 3])
 def test_packed_weights(taps, dtype):
@@ -154,7 +187,7 @@ def test_packed_weights(taps, dtype):
     weight, affine = channels_last(40, 24, taps, taps), torch.rand(4, 40)
     packed = ops.conv_pack(weight, dtype, *geometry)
     assert torch.equal(packed, ops.conv_pack(weight.to(dtype), dtype, *geometry))
-    for shape in ((1, 24, 3, 3), (2, 24, 30, 31)):
+    for shape in ((1, 24, 3, 3), (2, 24, 30, 31), (3, 24, 56, 56)):
         x = channels_last(*shape, dtype=dtype)
         arguments = (x, None, weight.to(dtype), affine, None, True, *geometry)
         z = ops.conv_fprop_inference(*arguments, packed)

@@ -24,26 +24,30 @@ DirectPlan dgrad_plan(const ConvShape& s, DType dtype) {
 bool multiplies(DType dtype) { return microkernel(dtype).available; }
 
 int64_t fprop_tiles(const ConvShape& s, DType dtype) {
-  return winograd_applies(s, dtype) ? plan_winograd(s, true).chunks : fprop_plan(s, dtype).chunks;
+  const int tile = winograd_tile(s, dtype);
+  return tile ? plan_winograd(s, true, tile).chunks : fprop_plan(s, dtype).chunks;
 }
 
 int64_t dgrad_tiles(const ConvShape& s, DType dtype) {
-  return winograd_applies(s, dtype) ? plan_winograd(s, false).chunks : dgrad_plan(s, dtype).chunks;
+  const int tile = winograd_tile(s, dtype);
+  return tile ? plan_winograd(s, false, tile).chunks : dgrad_plan(s, dtype).chunks;
 }
 
-// The two algorithms of fprop and dgrad behind one set of functions; weights are packed for one of them.
+// The algorithms of fprop and dgrad behind one set of functions: Winograd's by tiles of some size, or direct sums, 0.
+// Weights are packed for one of them.
 DirectPlan direct_plan(const ConvShape& s, DType dtype, bool forward) {
   return forward ? fprop_plan(s, dtype) : dgrad_plan(s, dtype);
 }
 
-int64_t weight_bytes(const ConvShape& s, DType dtype, bool forward, bool winograd) {
-  return winograd ? plan_winograd(s, forward).packed_floats() * 4 : packed_bytes(direct_plan(s, dtype, forward), dtype);
+int64_t weight_bytes(const ConvShape& s, DType dtype, bool forward, int tile) {
+  return tile ? plan_winograd(s, forward, tile).packed_floats() * 4
+              : packed_bytes(direct_plan(s, dtype, forward), dtype);
 }
 
 template <class Params>
-void pack(const Params& p, bool forward, bool winograd, void* packed) {
-  if (winograd) {
-    transform_weights(plan_winograd(p.shape, forward), p.shape, forward, p.weight, p.weight_dtype,
+void pack(const Params& p, bool forward, int tile, void* packed) {
+  if (tile) {
+    transform_weights(plan_winograd(p.shape, forward, tile), p.shape, forward, p.weight, p.weight_dtype,
                       static_cast<float*>(packed));
   } else {
     pack_weights(direct_plan(p.shape, p.dtype, forward), p.shape, forward, p.weight, p.weight_dtype, p.dtype,
@@ -52,10 +56,10 @@ void pack(const Params& p, bool forward, bool winograd, void* packed) {
 }
 
 template <class Params>
-void run_packed(const Params& p, bool forward, bool winograd, const Operand& source, const void* packed) {
+void run_packed(const Params& p, bool forward, int tile, const Operand& source, const void* packed) {
   const Microkernel& kernel = microkernel(p.dtype);
-  if (winograd) {
-    run_winograd(plan_winograd(p.shape, forward), source, kernel, static_cast<const float*>(packed), Results(p));
+  if (tile) {
+    run_winograd(plan_winograd(p.shape, forward, tile), source, kernel, static_cast<const float*>(packed), Results(p));
   } else {
     run_direct(direct_plan(p.shape, p.dtype, forward), source, kernel, packed, Results(p));
   }
@@ -63,22 +67,24 @@ void run_packed(const Params& p, bool forward, bool winograd, const Operand& sou
 
 template <class Params>
 void run(const Params& p, bool forward, const Operand& source) {
-  const bool winograd = winograd_applies(p.shape, p.dtype);
-  const Scratch packed(weight_bytes(p.shape, p.dtype, forward, winograd));
-  pack(p, forward, winograd, packed.at());
-  run_packed(p, forward, winograd, source, packed.at());
+  const int tile = winograd_tile(p.shape, p.dtype);
+  const Scratch packed(weight_bytes(p.shape, p.dtype, forward, tile));
+  pack(p, forward, tile, packed.at());
+  run_packed(p, forward, tile, source, packed.at());
 }
 
 // Weights that are packed once serve inputs of any size, so that the filter's transformation costs nothing.
-int64_t kept_bytes(const ConvShape& s, DType dtype) { return weight_bytes(s, dtype, true, winograd_fits(s, dtype)); }
+int64_t kept_bytes(const ConvShape& s, DType dtype) {
+  return weight_bytes(s, dtype, true, kept_winograd_tile(s, dtype));
+}
 
-void pack_to_keep(const FpropParams& p, void* packed) { pack(p, true, winograd_fits(p.shape, p.dtype), packed); }
+void pack_to_keep(const FpropParams& p, void* packed) { pack(p, true, kept_winograd_tile(p.shape, p.dtype), packed); }
 
 void fprop(const FpropParams& p) {
   if (transposed_applies(p)) return run_transposed(p);
   const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
   if (p.packed) {
-    run_packed(p, true, winograd_fits(p.shape, p.dtype), source, p.packed);
+    run_packed(p, true, kept_winograd_tile(p.shape, p.dtype), source, p.packed);
   } else {
     run(p, true, source);
   }
@@ -87,11 +93,11 @@ void fprop(const FpropParams& p) {
 void dgrad(const DgradParams& p) { run(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
 int64_t workspace(const ConvShape& s, DType dtype, DType) {
-  return winograd_applies(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
+  return winograd_wgrad_tile(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
 }
 
 void wgrad(const WgradParams& p) {
-  const auto run = winograd_applies(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
+  const auto run = winograd_wgrad_tile(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
   run(p, microkernel(p.dtype));
 }
 

@@ -91,7 +91,8 @@ struct WeightPanel {
   void* out;
 };
 
-// Sixteen rows of the depth of a 3x3 filter's panel, transformed: G g G' as 16 matrices, `out_pitch` values apart.
+// Sixteen rows of the depth of a 3x3 filter's panel, transformed: G g G' as one matrix for each of a tile's products,
+// `out_pitch` values apart.
 struct WinogradWeights {
   WeightPanel panel;
   int64_t tap_pitch;  // between the filter's taps
@@ -108,6 +109,21 @@ struct WeightGradient {
   int64_t rows, columns, pitch;
   int64_t row_step, column_step;
   void* dw;
+};
+
+// Winograd's transformations of a row of tiles, of `tile` x `tile` results each, by (tile + 2)^2 products; float32,
+// channels in multiples of 16.
+struct WinogradKernels {
+  // B'dB of (tile + 2)^2 pixels: out[i*out_pitch + tile*channels + c].
+  void (*source)(const float* source, int64_t row_pitch, int64_t channels, int64_t tiles, float* out,
+                 int64_t out_pitch);
+  // A'mA of the products m[i*pitch + tile*kPanel + c], c < width: rows of results, `row_pitch` apart.
+  void (*results)(const float* products, int64_t pitch, int64_t width, int64_t tiles, float* out, int64_t row_pitch);
+  void (*weights)(const WinogradWeights&);
+  // A dy A' of a tile's pixels, kPanel channels: out[i*out_pitch + tile*kPanel + c].
+  void (*gradient)(const float* source, int64_t row_pitch, int64_t tiles, float* out, int64_t out_pitch);
+  // G' m G of the products' sums, `product_pitch` apart: 3x3 taps of dw, `tap_pitch` apart.
+  void (*finish_weights)(const WeightGradient&, int64_t product_pitch, int64_t tap_pitch);
 };
 
 struct ConvKernels {
@@ -131,18 +147,9 @@ struct ConvKernels {
   void (*multiply_transposed)(const Products&, int64_t rows, int64_t columns, float* out);
   void (*pack)(const WeightPanel&);
   void (*finish_weights)(const WeightGradient&);
-  // Winograd's transformations of a row of tiles, float32, channels in multiples of 16. B'dB of 4x4 pixels, tiles two
-  // columns apart: out[i*out_pitch + tile*channels + c].
-  void (*winograd_source)(const float* source, int64_t row_pitch, int64_t channels, int64_t tiles, float* out,
-                          int64_t out_pitch);
-  // A'mA of the 16 products m[i*pitch + tile*kPanel + c], c < width: two rows of results, `row_pitch` apart.
-  void (*winograd_results)(const float* products, int64_t pitch, int64_t width, int64_t tiles, float* out,
-                           int64_t row_pitch);
-  void (*winograd_weights)(const WinogradWeights&);
-  // A dy A' of 2x2 pixels, kPanel channels: out[i*out_pitch + tile*kPanel + c].
-  void (*winograd_gradient)(const float* source, int64_t row_pitch, int64_t tiles, float* out, int64_t out_pitch);
-  // G' m G of the 16 products' sums, `product_pitch` apart: 3x3 taps of dw, `tap_pitch` apart.
-  void (*winograd_finish_weights)(const WeightGradient&, int64_t product_pitch, int64_t tap_pitch);
+  WinogradKernels winograd2, winograd4;  // of tiles of 2x2 and 4x4 results
+
+  const WinogradKernels& winograd(int tile) const { return tile == 2 ? winograd2 : winograd4; }
 };
 
 extern const ConvKernels conv_kernels_baseline;

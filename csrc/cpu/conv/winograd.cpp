@@ -14,15 +14,23 @@
 namespace resnet_fused::cpu {
 namespace {
 
-constexpr int64_t kTransformedBytes = 768 << 10;    // of a block's transformed source
-constexpr int kFewestTiles = 64, kMostTiles = 112;  // of a block: rows of its products
-constexpr int64_t kTransformationCost = 2900;       // multiplications per pair of channels
+// Tiles of a block, the rows of its products: as many as the transformed source may take of the cache, within bounds.
+// Of 4x4 results fewer: their 36 products by a panel take as much again.
+constexpr int64_t kTransformedBytes2 = 768 << 10, kTransformedBytes4 = 384 << 10;
+constexpr int kFewestTiles2 = 64, kFewestTiles4 = 48, kMostTiles = 112;
+// Channels whose products are summed in registers before they are added to the others' where tiles are 4x4: that
+// halves the error of long sums, which is then the direct sum's.
+constexpr int64_t kSummedTogether = 32;
+// What the filter's transformation costs, in tiles. Measured with 256 channels on 14x14 and 512 on 7x7: 2x2 gain from 4
+// and 16 images on, 4x4 are behind 2x2 at 16 and 32 images; in wgrad they are ahead at 16.
+constexpr int64_t kTransformationTiles2 = 181, kTransformationTiles4 = 300, kTransformationTilesWgrad = 64;
+constexpr int64_t kMostKept = 128 * 128;  // pairs of channels that 4x4's 36 values are kept of
 constexpr int kMostChunks = 64;
 constexpr int kFewBlocks = 8;  // below, panels are spread over threads as well
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Operands of the 16 products lie 16 values more than a product apart: at a power of two they would share cache sets.
+// Operands of the products lie 16 values more than a product apart: at a power of two they would share cache sets.
 int64_t source_pitch(const WinogradPlan& p) { return p.tiles() * p.padded_channels + 16; }
 int64_t result_pitch(const WinogradPlan& p) { return p.tiles() * kPanel + 16; }
 
@@ -30,13 +38,19 @@ class Winograd {
  public:
   Winograd(const WinogradPlan& plan, const Operand& source, const Microkernel& kernel, const float* packed,
            const Results& results)
-      : plan_(plan), source_(source), kernel_(kernel), packed_(packed), results_(results) {
-    copy_columns_ = 2 * plan.tile_columns + 2;
-    copy_rows_ = 2 * plan.rows_per_block + 2;
+      : plan_(plan),
+        kernels_(conv_kernels().winograd(plan.tile)),
+        source_(source),
+        kernel_(kernel),
+        packed_(packed),
+        results_(results),
+        depth_(plan.tile == 2 ? plan.padded_channels : kSummedTogether) {
+    copy_columns_ = plan.tile * plan.tile_columns + 2;
+    copy_rows_ = plan.tile * plan.rows_per_block + 2;
   }
 
   int64_t scratch_bytes() const {
-    return copy_bytes() + align(16 * source_pitch(plan_) * 4) + align(16 * result_pitch(plan_) * 4) + finished_bytes();
+    return copy_bytes() + source_bytes() + align(plan_.products() * result_pitch(plan_) * 4) + finished_bytes();
   }
 
   void run(int64_t chunk, int64_t first_panel, int64_t last_panel, const Scratch& scratch) const {
@@ -52,7 +66,8 @@ class Winograd {
 
  private:
   int64_t copy_bytes() const { return align(copy_rows_ * copy_columns_ * plan_.padded_channels * 4); }
-  int64_t finished_bytes() const { return align(2 * 2 * plan_.tile_columns * kPanel * 4); }
+  int64_t source_bytes() const { return align(plan_.products() * source_pitch(plan_) * 4); }
+  int64_t finished_bytes() const { return align(plan_.tile * plan_.tile * plan_.tile_columns * kPanel * 4); }
   int64_t width_of(int64_t panel) const { return std::min<int64_t>(kPanel, plan_.target_channels - panel * kPanel); }
 
   // Rows of tiles [first, last) of images [image, image + images).
@@ -70,11 +85,10 @@ class Winograd {
 
   void run_block(int64_t index, int64_t first_panel, int64_t last_panel, ChunkSums& sums,
                  const Scratch& scratch) const {
-    const ConvKernels& kernels = conv_kernels();
     const Block block = block_at(index);
     float* copy = scratch.at<float>();
     float* transformed = scratch.at<float>(copy_bytes());
-    float* products = scratch.at<float>(copy_bytes() + align(16 * source_pitch(plan_) * 4));
+    float* products = scratch.at<float>(copy_bytes() + source_bytes());
     float* finished = scratch.at<float>(scratch_bytes() - finished_bytes());
     const int64_t channels = plan_.padded_channels, columns = plan_.tile_columns;
     const int64_t row_pitch = copy_columns_ * channels;
@@ -83,16 +97,20 @@ class Winograd {
     for (int64_t image = block.image; image < block.image + block.images; ++image) {
       fill(image, block, copy);
       for (int64_t row = 0; row < block.last - block.first; ++row, to += columns * channels) {
-        kernels.winograd_source(copy + 2 * row * row_pitch, row_pitch, channels, columns, to, source_pitch(plan_));
+        kernels_.source(copy + plan_.tile * row * row_pitch, row_pitch, channels, columns, to, source_pitch(plan_));
       }
     }
 
     const int64_t tiles = block.images * (block.last - block.first) * columns;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t width = width_of(panel), n = (width + 15) / 16 * 16;
-      for (int64_t i = 0; i < 16; ++i) {
-        kernel_.multiply(tiles, n, channels, channels, kPanel, kPanel, false, transformed + i * source_pitch(plan_),
-                         packed_ + (panel * 16 + i) * channels * kPanel, products + i * result_pitch(plan_));
+      for (int64_t i = 0; i < plan_.products(); ++i) {
+        const float* a = transformed + i * source_pitch(plan_);
+        const float* b = packed_ + (panel * plan_.products() + i) * channels * kPanel;
+        for (int64_t c = 0; c < channels; c += depth_) {
+          kernel_.multiply(tiles, n, std::min(depth_, channels - c), channels, kPanel, kPanel, c > 0, a + c,
+                           b + c * kPanel, products + i * result_pitch(plan_));
+        }
       }
       finish(block, panel * kPanel, width, products, finished, sums);
     }
@@ -100,15 +118,14 @@ class Winograd {
 
   void finish(const Block& block, int64_t channel, int64_t width, const float* products, float* finished,
               ChunkSums& sums) const {
-    const int64_t columns = plan_.tile_columns, row_floats = 2 * columns * kPanel;
+    const int64_t columns = plan_.tile_columns, row_floats = plan_.tile * columns * kPanel;
     for (int64_t image = block.image; image < block.image + block.images; ++image) {
       for (int64_t row = block.first; row < block.last; ++row, products += columns * kPanel) {
-        conv_kernels().winograd_results(products, result_pitch(plan_), (width + 15) / 16 * 16, columns, finished,
-                                        row_floats);
-        const int64_t rows = std::min<int64_t>(2, plan_.target_height - 2 * row);
+        kernels_.results(products, result_pitch(plan_), (width + 15) / 16 * 16, columns, finished, row_floats);
+        const int64_t rows = std::min<int64_t>(plan_.tile, plan_.target_height - plan_.tile * row);
         PanelSums* gathered = nullptr;
         for (int64_t i = 0; i < rows; ++i) {
-          const int64_t first = (image * plan_.target_height + 2 * row + i) * plan_.target_width;
+          const int64_t first = (image * plan_.target_height + plan_.tile * row + i) * plan_.target_width;
           const Pixels pixels{first, 1, plan_.target_width};
           if (i == 0) gathered = sums.begin(finished, kPanel, pixels, channel, width);
           results_.finish(finished + i * row_floats, kPanel, pixels, channel, width, gathered);
@@ -121,11 +138,11 @@ class Winograd {
   // The block's source pixels of one image, zero outside of it.
   void fill(int64_t image, const Block& block, float* out) const {
     const int64_t channels = plan_.padded_channels, row_floats = copy_columns_ * channels;
-    const int64_t rows = 2 * (block.last - block.first) + 2;
+    const int64_t rows = plan_.tile * (block.last - block.first) + 2;
     const int64_t low = std::min<int64_t>(plan_.pad_w, copy_columns_);
     const int64_t high = std::clamp<int64_t>(plan_.pad_w + plan_.source_width, low, copy_columns_);
     for (int64_t i = 0; i < rows; ++i, out += row_floats) {
-      const int64_t row = 2 * block.first + i - plan_.pad_h;
+      const int64_t row = plan_.tile * block.first + i - plan_.pad_h;
       if (row < 0 || row >= plan_.source_height) {
         std::memset(out, 0, row_floats * 4);
         continue;
@@ -138,39 +155,59 @@ class Winograd {
   }
 
   const WinogradPlan& plan_;
+  const WinogradKernels& kernels_;
   const Operand& source_;
   const Microkernel& kernel_;
   const float* packed_;
   const Results& results_;
+  int64_t depth_;  // of a product
   int64_t copy_columns_, copy_rows_;
 };
 
-}  // namespace
+// Multiplications per pair of channels, with the filter's transformation.
+int64_t winograd_cost(const ConvShape& s, int tile, int64_t transformation) {
+  const int64_t tiles = s.n * ceil_div(s.p, tile) * ceil_div(s.q, tile);
+  return (tile + 2) * (tile + 2) * (tiles + transformation);
+}
 
 bool winograd_fits(const ConvShape& s, DType dtype) {
   return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
          s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
 }
 
-bool winograd_applies(const ConvShape& s, DType dtype) {
-  // Per pair of channels: multiplications of the direct sums over those over tiles, which pay for the filter's
-  // transformation. Measured with 256 channels on 14x14 and 512 on 7x7, which gain from 4 and 16 images on.
-  const int64_t tiles = int64_t{s.n} * ceil_div(s.p, 2) * ceil_div(s.q, 2);
-  return winograd_fits(s, dtype) && 9 * int64_t{s.n} * s.p * s.q - 16 * tiles >= kTransformationCost;
+}  // namespace
+
+int winograd_tile(const ConvShape& s, DType dtype) {
+  if (!winograd_fits(s, dtype)) return 0;
+  const int64_t two = winograd_cost(s, 2, kTransformationTiles2), four = winograd_cost(s, 4, kTransformationTiles4);
+  return std::min(two, four) > int64_t{9} * s.n * s.p * s.q ? 0 : four < two ? 4 : 2;
 }
 
-WinogradPlan plan_winograd(const ConvShape& s, bool forward) {
+int winograd_wgrad_tile(const ConvShape& s, DType dtype) {
+  if (!winograd_tile(s, dtype)) return 0;
+  const auto cost = [&](int tile) { return winograd_cost(s, tile, kTransformationTilesWgrad); };
+  return cost(4) < cost(2) ? 4 : 2;
+}
+
+int kept_winograd_tile(const ConvShape& s, DType dtype) {
+  if (!winograd_fits(s, dtype)) return 0;
+  return int64_t{s.c} * s.k <= kMostKept ? 4 : 2;
+}
+
+WinogradPlan plan_winograd(const ConvShape& s, bool forward, int tile) {
   WinogradPlan p{};
+  p.tile = tile;
   p.images = s.n;
   p.source_height = forward ? s.h : s.p, p.source_width = forward ? s.w : s.q;
   p.target_height = forward ? s.p : s.h, p.target_width = forward ? s.q : s.w;
   p.source_channels = forward ? s.c : s.k, p.target_channels = forward ? s.k : s.c;
   p.padded_channels = static_cast<int>(ceil_div(p.source_channels, 16) * 16);
   p.pad_h = forward ? s.pad_h : 2 - s.pad_h, p.pad_w = forward ? s.pad_w : 2 - s.pad_w;
-  p.tile_rows = static_cast<int>(ceil_div(p.target_height, 2));
-  p.tile_columns = static_cast<int>(ceil_div(p.target_width, 2));
-  const auto wanted = static_cast<int>(
-      std::clamp<int64_t>(kTransformedBytes / (16 * 4 * int64_t{p.padded_channels}), kFewestTiles, kMostTiles));
+  p.tile_rows = static_cast<int>(ceil_div(p.target_height, tile));
+  p.tile_columns = static_cast<int>(ceil_div(p.target_width, tile));
+  const auto wanted = static_cast<int>(std::clamp<int64_t>(
+      (tile == 2 ? kTransformedBytes2 : kTransformedBytes4) / (p.products() * 4 * int64_t{p.padded_channels}),
+      tile == 2 ? kFewestTiles2 : kFewestTiles4, kMostTiles));
   const int per_image = p.tile_rows * p.tile_columns;
   if (per_image <= wanted) {
     p.rows_per_block = p.tile_rows;
@@ -202,9 +239,9 @@ void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forwar
                        (panel * kPanel * w.panel.stride_n + depth * w.panel.stride_d) * bytes_of(from);
       w.panel.width = std::min<int64_t>(kPanel, plan.target_channels - panel * kPanel);
       w.panel.depth = std::min<int64_t>(16, plan.source_channels - depth), w.panel.padded_depth = 16;
-      w.panel.out = packed + (panel * 16 * plan.padded_channels + depth) * kPanel;
+      w.panel.out = packed + (panel * plan.products() * plan.padded_channels + depth) * kPanel;
       w.tap_pitch = s.c, w.flipped = !forward, w.out_pitch = plan.padded_channels * kPanel;
-      conv_kernels().winograd_weights(w);
+      conv_kernels().winograd(plan.tile).weights(w);
     }
   });
 }
