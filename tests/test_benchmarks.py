@@ -198,7 +198,7 @@ def test_compile_shows_where_times_are_plotted(tmp_path, capsys, monkeypatch):
     assert all("compiled_seconds" in o for o in results(tmp_path, "bottleneck.json")["outcomes"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="torch.compile generates and compiles C++")
 def test_torch_compile(tmp_path):
     choice = ["--mode", "inference", "--dtype", "float32", "--peers"]
     assert main([*BLOCK, *choice, "--output", str(tmp_path)]) == 0
@@ -423,7 +423,7 @@ def test_a_block_on_the_gpu(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
+@pytest.mark.slow(reason="a ResNet-18, kernel by kernel where the device is simulated")
 def test_a_network_on_the_gpu(tmp_path):
     choice = ["--networks", "resnet18", "--dtype", "bfloat16", "--device", "cuda"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0

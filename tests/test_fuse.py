@@ -75,14 +75,15 @@ def test_lecture_network_channels_last(device):
 
 
 NETWORKS = {"resnet18": (64, 9), "resnet50": (64, 17), "vgg19_bn": (32, 1), "vgg19": (32, 1), "alexnet": (64, 1)}
-SLOW_ON_CUDA = {"resnet50", "vgg19_bn", "vgg19"}  # many seconds each where the device is simulated
+SLOW_ON_CUDA = {"resnet50", "vgg19_bn", "vgg19"}
+SLOW = pytest.mark.slow(reason="a large network: many seconds where the device is simulated")
 
 
 @pytest.mark.parametrize(
     ("device", "name"),
     [("cpu", name) for name in NETWORKS]
     + [
-        pytest.param("cuda", name, marks=[pytest.mark.cuda, *([pytest.mark.slow] if name in SLOW_ON_CUDA else [])])
+        pytest.param("cuda", name, marks=[pytest.mark.cuda, *([SLOW] if name in SLOW_ON_CUDA else [])])
         for name in NETWORKS
     ],
     indirect=["device"],

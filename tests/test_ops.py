@@ -334,7 +334,7 @@ def test_other_instruction_sets(capability):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="4 GB, read several times")
 def test_more_than_two_to_the_31_elements():
     shape = (1, 2, 2**15 + 1, 2**15)
     y = torch.zeros(shape, dtype=torch.bfloat16)
