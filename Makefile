@@ -53,7 +53,7 @@ TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 WHERE := $(PY) tests/gpusim/where.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build lint clean preflight
+.PHONY: help bench bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -141,8 +141,12 @@ lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
 	git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | \
 	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror
 
+dist: $(BUILT)  ## build the sdist, and from it a wheel for this torch, into dist/
+	@$(PY) -c 'import build' 2>/dev/null || $(PY) -m pip install build
+	$(PY) -m build --no-isolation --skip-dependency-check --outdir dist .
+
 clean:  ## remove what was built, and the environment
-	rm -rf build dist *.egg-info resnet_fused/_C.*.so $(if $(filter .venv,$(VENV)),.venv)
+	rm -rf build dist *.egg-info resnet_fused/_C.*.so resnet_fused/built_against.txt $(if $(filter .venv,$(VENV)),.venv)
 
 # Said at once, not after a long download.
 preflight:

@@ -21,6 +21,7 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 TORCH_MIN, TORCH_END = (2, 11), (2, 16)
+BUILT_AGAINST = "built_against.txt"
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 CPP_SOURCES = [
@@ -198,16 +199,34 @@ def main() -> None:
             check_compiler(os.environ.get("CXX", "c++"))
             super().build_extensions()
 
-    torch_range = f"torch>={TORCH_MIN[0]}.{TORCH_MIN[1]},<{TORCH_END[0]}.{TORCH_END[1]}"
+        def run(self) -> None:
+            super().run()
+            # For resnet_fused/installation.py, which reads it before the extension is loaded.
+            Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST).write_text(torch.__version__)
+
+    # Of another minor version, torch loads the extension with missing symbols or not at all.
+    minor = ".".join(torch.__version__.split(".")[:2])
     setup(
         name="resnet_fused",
         version=VERSION,
         description="Fused residual blocks for PyTorch: convolution, batch norm, ReLU and shortcut",
+        long_description=Path("README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        author="the resnet_fused authors",
         license="BSD-3-Clause",
+        keywords="pytorch resnet convolution batch-norm fused-kernels cuda",
+        classifiers=[
+            "Intended Audience :: Science/Research",
+            "Operating System :: POSIX :: Linux",
+            "Programming Language :: C++",
+            "Programming Language :: Python :: 3",
+            "Topic :: Scientific/Engineering :: Artificial Intelligence",
+            "Typing :: Typed",
+        ],
         packages=find_packages(include=["resnet_fused", "resnet_fused.*"]),
         package_data={"resnet_fused": ["py.typed"]},
         python_requires=">=3.10",
-        install_requires=[torch_range],
+        install_requires=[f"torch=={minor}.*"],
         extras_require={
             "test": ["pytest", "torchvision", "scikit-learn"],
             "bench": ["torchvision", "scikit-learn", "matplotlib"],

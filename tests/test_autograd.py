@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from simulator import simulated
+from thinning import slow_but
 from torch import nn
 
 import resnet_fused as rf
@@ -83,7 +84,9 @@ def test_gradients(device, name, mode, memory):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "each entry's derivatives by differences")
+)
 def test_second_derivatives(device, name, mode):
     block = make(name, mode, device)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Which cases of a parametrised test are enough of each kind."""
+"""What `make test` leaves to `make test-all`: further cases of a parametrised test, and those that take long."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import pytest
 
 
-def covering(cases: Sequence[dict[str, int]]) -> set[int]:
+def covering(cases: Sequence[dict[str, str]]) -> set[int]:
     """The indices of a few of ``cases`` in which every pair of values that two parameters have together occurs.
 
-    A case maps each parameter to the index of its value. Greedily, the first of those that bring the most, so that
+    A case maps each parameter to its value. Greedily, the first of those that bring the most, so that
     the same cases are chosen each time.
     """
     pairs = [
@@ -24,3 +26,8 @@ def covering(cases: Sequence[dict[str, int]]) -> set[int]:
         chosen.add(best)
         missing -= pairs[best]
     return chosen
+
+
+def slow_but(quick: Sequence[str], names: Iterable[str], reason: str) -> list:
+    """``names`` as a test's parameters, all but ``quick`` marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow(reason=reason)) for name in names]
