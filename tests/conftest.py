@@ -28,7 +28,8 @@ def mark_further(items):
         if not slow and hasattr(item, "callspec"):
             tests[item.nodeid.split("[")[0], item.get_closest_marker("cuda") is not None].append(item)
     for cases in tests.values():
-        chosen = covering([{name: repr(value) for name, value in case.callspec.params.items()} for case in cases])
+        values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(values, together=1 if cases[0].get_closest_marker("each_value") else 2)
         for i, case in enumerate(cases):
             if i not in chosen:
                 case.add_marker("further")

@@ -85,7 +85,7 @@ def test_gradients(device, name, mode, memory):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize(
-    "name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "each entry's derivatives by differences")
+    "name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "differences of each entry")
 )
 def test_second_derivatives(device, name, mode):
     block = make(name, mode, device)

@@ -15,6 +15,13 @@ def test_every_pair_of_values_is_covered():
         assert {(case[x], case[y]) for case in chosen} == {(case[x], case[y]) for case in cases}
 
 
+def test_each_value_alone():
+    cases = [dict(zip("ab", values, strict=True)) for values in itertools.product("123", "45")]
+    chosen = [cases[i] for i in covering(cases, together=1)]
+    assert len(chosen) == 3
+    assert {case["a"] for case in chosen} == set("123") and {case["b"] for case in chosen} == set("45")
+
+
 def test_one_parameter_keeps_all_its_values():
     assert covering([{"a": str(i)} for i in range(5)]) == set(range(5))
 

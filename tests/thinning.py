@@ -10,21 +10,19 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 
-def covering(cases: Sequence[dict[str, str]]) -> set[int]:
-    """The indices of a few of ``cases`` in which every pair of values that two parameters have together occurs.
+def covering(cases: Sequence[dict[str, str]], together: int = 2) -> set[int]:
+    """The indices of a few of ``cases`` in which each combination of values that ``together`` parameters have occurs.
 
-    A case maps each parameter to its value. Greedily, the first of those that bring the most, so that
-    the same cases are chosen each time.
+    A case maps each parameter to its value. Greedily, the first of those that bring the most, so that the same cases
+    are chosen each time.
     """
-    pairs = [
-        set(itertools.combinations(sorted(case.items()), 2)) if len(case) > 1 else set(case.items()) for case in cases
-    ]
-    missing = set().union(*pairs)
+    brings = [set(itertools.combinations(sorted(case.items()), min(together, len(case)))) for case in cases]
+    missing = set().union(*brings)
     chosen = set()
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        best = max(range(len(cases)), key=lambda i: len(brings[i] & missing))
         chosen.add(best)
-        missing -= pairs[best]
+        missing -= brings[best]
     return chosen
 
 
