@@ -84,9 +84,7 @@ def test_gradients(device, name, mode, memory):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize(
-    "name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "differences of each entry")
-)
+@pytest.mark.parametrize("name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "differences of each entry"))
 def test_second_derivatives(device, name, mode):
     block = make(name, mode, device)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)

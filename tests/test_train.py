@@ -137,8 +137,8 @@ def test_eager_and_fused_learn_alike(train, tmp_path, amp):
         assert curves["fused"][-1] < curves["fused"][0] / 2
         for name, differences in apart.items():
             differences.append((curves[name] - curves["eager"]).abs())
-    worst = {name: torch.stack(differences).max().item() for name, differences in apart.items()}
-    assert worst["fused"] <= 2 * worst["channels_last"] + 0.01, worst
+    mean = {name: torch.stack(differences).mean().item() for name, differences in apart.items()}
+    assert 0 < mean["fused"] <= 2 * mean["channels_last"], mean
 
 
 def test_other_settings_are_refused(train, tmp_path):
