@@ -18,6 +18,8 @@ QUICK := not slow and not further
 export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
+# Most of what is installed is never imported, and what is compiles itself.
+export PIP_NO_COMPILE ?= 1
 
 # Versions differ in how they format.
 CLANG_FORMAT := 23.1.5
