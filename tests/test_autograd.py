@@ -72,6 +72,7 @@ def is_fused(z):
     return type(z.grad_fn).__name__ == "_BlockBackward"
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("name", BLOCKS)
@@ -84,7 +85,7 @@ def test_gradients(device, name, mode, memory):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", slow_but(["conv_bn_relu", "basic_projection"], BLOCKS, "differences of each entry"))
+@pytest.mark.parametrize("name", slow_but(["conv_bn_relu"], BLOCKS, "differences of each entry"))
 def test_second_derivatives(device, name, mode):
     block = make(name, mode, device)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)

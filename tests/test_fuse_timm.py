@@ -62,10 +62,10 @@ def test_batch_norm_with_an_activation(device, act, drop):
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
-NETWORKS = ("seresnet18", "dla34", "resnetv2_18")
+WHOLE = ("seresnet18", "dla34", "resnetv2_18")
 
 
-@pytest.mark.parametrize("name", slow_but(["seresnet18"], NETWORKS, "a whole network, in float64 too"))
+@pytest.mark.parametrize("name", slow_but(["seresnet18"], WHOLE, "a whole network, in float64 too"))
 def test_networks_compute_the_same(name):
     torch.manual_seed(0)
     eager = nontrivial(timm.create_model(name, **SMALL))

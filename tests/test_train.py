@@ -22,8 +22,8 @@ pytest.importorskip("matplotlib")
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
 PACKAGE_ROOT = Path(resnet_fused.__file__).parents[1]
-# A few seconds: three epochs of eight batches, at each of which a killed run may stop.
-SMALL = ["--size", "8", "--batch", "16", "--limit", "128", "--epochs", "3"]
+# A few seconds: three epochs of four batches, at each of which a killed run may stop.
+SMALL = ["--size", "8", "--batch", "16", "--limit", "64", "--epochs", "3"]
 
 
 @pytest.fixture(scope="module")
