@@ -13,9 +13,13 @@ TEST_ARGS ?=
 SIM_DEVICES ?= t4 a100 h100
 SIM_ARCHS ?= 7.5+PTX 8.0+PTX 9.0a+PTX
 SIM_TESTS ?= cuda
+# One case of each kind; tests/conftest.py says what the others are.
+QUICK := not slow and not further
 export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
+# Most of what is installed is never imported, and what is compiles itself.
+export PIP_NO_COMPILE ?= 1
 
 # Versions differ in how they format.
 CLANG_FORMAT := 23.1.5
@@ -42,7 +46,8 @@ KEY := $(subst /,_,$(ENV))
 INSTALLED := $(if $(strip $(VENV)),$(VENV)/installed,build/make/installed$(KEY))
 CONSTRAINTS := build/make/constraints$(KEY)
 BUILT := build/make/built$(KEY)
-SIMULATED := build/make/simulated$(KEY)
+SPACE := $(subst ,, )
+SIMULATED := build/make/simulated-$(subst $(SPACE),-,$(strip $(SIM_ARCHS)))$(KEY)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # Another torch in this environment needs another build.
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
@@ -50,7 +55,7 @@ TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 WHERE := $(PY) tests/gpusim/where.py
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-peers test test-cuda test-gpusim kernel-report counted-cost simulate where build lint clean preflight
+.PHONY: help bench bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,15 +72,23 @@ bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and
 	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PEERS)
 	$(PY) -m benchmarks --networks resnet50 --peers $(BENCH_ARGS)
 
-test: $(BUILT)  ## build, then run the tests; without a GPU, quick ones of the CUDA kernels on a simulated one
-	$(PY) -m pytest tests $(TEST_ARGS)
+test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those of the CUDA kernels on a simulated one
+	$(PY) -m pytest tests -m '$(QUICK)' $(TEST_ARGS)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
-	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_TESTS='cuda and not slow' ;; \
+	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_ARCHS=8.0+PTX SIM_TESTS='cuda and $(QUICK)' ;; \
 	  *) echo "The CUDA kernels were not tested: $$where." ;; \
 	esac
 
-test-cuda: $(BUILT)  ## run the CUDA kernels' tests on the GPU, or on simulated ones
+test-all: $(BUILT)  ## run all tests, those of the CUDA kernels on the GPU or on simulated ones
+	$(PY) -m pytest tests $(TEST_ARGS)
+	@where=$$($(WHERE)) && case $$where in \
+	  gpu) ;; \
+	  simulator) $(MAKE) --no-print-directory simulate ;; \
+	  *) echo "The CUDA kernels were not tested: $$where." ;; \
+	esac
+
+test-cuda: $(BUILT)  ## run all tests of the CUDA kernels on the GPU, or on simulated ones
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) $(PY) -m pytest tests -m cuda $(TEST_ARGS) ;; \
 	  simulator) $(MAKE) --no-print-directory simulate ;; \
@@ -130,8 +143,12 @@ lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
 	git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | \
 	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror
 
+dist: $(BUILT)  ## build the sdist, and from it a wheel for this torch, into dist/
+	@$(PY) -c 'import build' 2>/dev/null || $(PY) -m pip install build
+	$(PY) -m build --no-isolation --skip-dependency-check --outdir dist .
+
 clean:  ## remove what was built, and the environment
-	rm -rf build dist *.egg-info resnet_fused/_C.*.so $(if $(filter .venv,$(VENV)),.venv)
+	rm -rf build dist *.egg-info resnet_fused/_C.*.so resnet_fused/built_against.txt $(if $(filter .venv,$(VENV)),.venv)
 
 # Said at once, not after a long download.
 preflight:
@@ -165,9 +182,10 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(TORCH_FILES)
 	$(PY) -m pip install --no-build-isolation --no-deps --editable .
 	@mv build/make/started $@
 
-# The package once more, with its CUDA kernels, beside the build in resnet_fused/ and with objects of its own.
+# The package once more, with its CUDA kernels, beside the build in resnet_fused/, from which it takes the objects of
+# what both compile.
 $(SIMULATED): $(INSTALLED) $(SOURCES) $(shell find resnet_fused -name '*.py') $(TORCH_FILES)
 	@mkdir -p $(@D) && rm -rf build/make/simulated* build/simulated && touch build/make/simulated-started
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
-	  build_ext --build-lib build/simulated --build-temp build/simulated-objects
+	  build_ext --build-lib build/simulated
 	@mv build/make/simulated-started $@

@@ -21,6 +21,7 @@ from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
 TORCH_MIN, TORCH_END = (2, 11), (2, 16)
+BUILT_AGAINST = "built_against.txt"
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 CPP_SOURCES = [
@@ -48,6 +49,7 @@ CPP_SOURCES = [
     "csrc/cpu/conv/winograd.cpp",
     "csrc/cpu/conv/winograd_wgrad.cpp",
 ]
+WITHOUT_CUDA_SOURCES = ["csrc/bindings/without_cuda.cpp"]
 CUDA_SOURCES = [
     "csrc/cuda/backend.cpp",
     "csrc/cuda/bn_apply.cu",
@@ -66,11 +68,13 @@ CUDA_SOURCES = [
 # with it would load the system's OpenMP next to the one in torch, with a second pool of threads; left
 # undefined, its functions are found in torch's.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# -g0: Python's own flags may ask for debug information, a third of the time to compile and most of the file.
+CXX_FLAGS += ["-g0"]
 # -Wno-psabi: csrc/cpu/conv's vectors are wider than the default target's; they never cross a call that is not inlined.
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 # None may contain the letters "arch", or torch drops what it makes of TORCH_CUDA_ARCH_LIST. Include paths,
 # which may, belong in include_dirs.
-NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-g0,-Wall,-Wextra,-fvisibility=hidden"]
 
 CXX20_PROBE = "#include <concepts>\ntemplate <std::integral T> T twice(T x) { return x + x; }\n"
 
@@ -149,7 +153,7 @@ def find_toolkit(environ) -> None:
 
 
 def make_extension(torch, environ):
-    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension, include_paths
 
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     there = CUDA_HOME is not None and nvcc.exists()
@@ -159,19 +163,19 @@ def make_extension(torch, environ):
     if environ.get("RESNET_FUSED_WERROR") == "1":
         cxx_flags.append("-Werror")
         nvcc_flags.append("-Werror=all-warnings")
-    macros = [("RESNET_FUSED_VERSION", f'"{VERSION}"')]
     if cuda:
-        macros.append(("RESNET_FUSED_WITH_CUDA", None))
         environ["TORCH_CUDA_ARCH_LIST"] = environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(known_archs(nvcc))
     extension = (CUDAExtension if cuda else CppExtension)(
         name="resnet_fused._C",
-        sources=CPP_SOURCES + (CUDA_SOURCES if cuda else []),
+        sources=CPP_SOURCES + (CUDA_SOURCES if cuda else WITHOUT_CUDA_SOURCES),
         depends=[str(p) for p in sorted(Path("csrc").rglob("*")) if p.suffix in {".h", ".inl", ".cuh"}],
-        define_macros=macros,
+        define_macros=[("RESNET_FUSED_VERSION", f'"{VERSION}"')],
     )
-    if cuda:  # A toolkit that is only a compiler: the headers come with torch. Last, so that a whole one wins.
+    if there and torch.version.cuda is not None:
+        # In builds without CUDA too, so that both have the same commands, and objects, for what both compile.
+        # A toolkit may be only a compiler: the headers come with torch. Last, so that a whole one wins.
         wheels = Path(torch.__file__).parents[1] / "nvidia"
-        extension.include_dirs += [str(path) for path in sorted(wheels.glob("*/include"))]
+        extension.include_dirs = [*include_paths("cuda"), *map(str, sorted(wheels.glob("*/include")))]
     # Only other people's headers are here: as system headers, their warnings don't show.
     cxx_flags += [flag for path in extension.include_dirs for flag in ("-isystem", path)]
     extension.extra_compile_args = {"cxx": cxx_flags, "nvcc": nvcc_flags}
@@ -196,16 +200,34 @@ def main() -> None:
             check_compiler(os.environ.get("CXX", "c++"))
             super().build_extensions()
 
-    torch_range = f"torch>={TORCH_MIN[0]}.{TORCH_MIN[1]},<{TORCH_END[0]}.{TORCH_END[1]}"
+        def run(self) -> None:
+            super().run()
+            # For resnet_fused/installation.py, which reads it before the extension is loaded.
+            Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST).write_text(torch.__version__)
+
+    # Of another minor version, torch loads the extension with missing symbols or not at all.
+    minor = ".".join(torch.__version__.split(".")[:2])
     setup(
         name="resnet_fused",
         version=VERSION,
         description="Fused residual blocks for PyTorch: convolution, batch norm, ReLU and shortcut",
+        long_description=Path("README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        author="the resnet_fused authors",
         license="BSD-3-Clause",
+        keywords="pytorch resnet convolution batch-norm fused-kernels cuda",
+        classifiers=[
+            "Intended Audience :: Science/Research",
+            "Operating System :: POSIX :: Linux",
+            "Programming Language :: C++",
+            "Programming Language :: Python :: 3",
+            "Topic :: Scientific/Engineering :: Artificial Intelligence",
+            "Typing :: Typed",
+        ],
         packages=find_packages(include=["resnet_fused", "resnet_fused.*"]),
         package_data={"resnet_fused": ["py.typed"]},
         python_requires=">=3.10",
-        install_requires=[torch_range],
+        install_requires=[f"torch=={minor}.*"],
         extras_require={
             "test": ["pytest", "torchvision", "scikit-learn"],
             "bench": ["torchvision", "scikit-learn", "matplotlib"],

@@ -94,8 +94,6 @@ struct ConvBackend {
 };
 
 const ConvBackend& cpu_conv_backend();
-#ifdef RESNET_FUSED_WITH_CUDA
-const ConvBackend& cuda_conv_backend();
-#endif
+const ConvBackend* cuda_conv_backend();  // null in a build without csrc/cuda
 
 }  // namespace resnet_fused

@@ -160,8 +160,6 @@ struct Backend {
 };
 
 const Backend& cpu_backend();
-#ifdef RESNET_FUSED_WITH_CUDA
-const Backend& cuda_backend();
-#endif
+const Backend* cuda_backend();  // null in a build without csrc/cuda
 
 }  // namespace resnet_fused

@@ -2,8 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """Fused residual networks for PyTorch: convolution + batch norm + ReLU + shortcut, trained and served."""
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension's)
-
+import resnet_fused.installation  # noqa: F401  (imports torch, whose libraries the extension needs, and checks it)
 from resnet_fused import functional, ops, reference
 from resnet_fused._C import build_info
 from resnet_fused.engine import engine

@@ -1,15 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
+from collections import defaultdict
+
 import pytest
 import torch
 from simulator import simulated
+from thinning import covering
 
 import resnet_fused
 
 collect_ignore = ["gpusim"]  # the simulator's own tests run on it: make test-gpusim
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    mark_further(items)
+    skip_cuda(items)
+
+
+def mark_further(items):
+    """Marks as `further` the cases of a test, on each device, beyond a few that cover them."""
+    tests = defaultdict(list)
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        if slow and not slow.kwargs.get("reason"):
+            raise pytest.UsageError(f"{item.nodeid}: slow without a reason")
+        if not slow and hasattr(item, "callspec"):
+            tests[item.nodeid.split("[")[0], item.get_closest_marker("cuda") is not None].append(item)
+    for cases in tests.values():
+        values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = covering(values, together=1 if cases[0].get_closest_marker("each_value") else 2)
+        for i, case in enumerate(cases):
+            if i not in chosen:
+                case.add_marker("further")
+
+
+def skip_cuda(items):
     """Skips what is marked `cuda` where it can't run."""
     if not torch.cuda.is_available():
         reason = "needs a GPU, or the simulator: make test-cuda"

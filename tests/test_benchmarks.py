@@ -198,7 +198,7 @@ def test_compile_shows_where_times_are_plotted(tmp_path, capsys, monkeypatch):
     assert all("compiled_seconds" in o for o in results(tmp_path, "bottleneck.json")["outcomes"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="torch.compile generates and compiles C++")
 def test_torch_compile(tmp_path):
     choice = ["--mode", "inference", "--dtype", "float32", "--peers"]
     assert main([*BLOCK, *choice, "--output", str(tmp_path)]) == 0
@@ -385,6 +385,7 @@ def test_the_library_s_passes_are_what_float64_computes(which, fused, behind_nor
 
 @pytest.mark.cuda
 @needs_tensor_cores
+@pytest.mark.slow(reason="three convolutions of a ResNet-18, kernel by kernel where the device is simulated")
 def test_convolutions_on_the_gpu(tmp_path, capsys):
     choice = ["--convolutions", "resnet18.layer2.0", "--device", "cuda"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0
@@ -408,6 +409,7 @@ def test_a_wrong_convolution_fails_the_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.slow(reason="six cases of a block, kernel by kernel where the device is simulated")
 def test_a_block_on_the_gpu(tmp_path):
     assert main([*BLOCK, "--device", "cuda", "--output", str(tmp_path)]) == 0
     found = results(tmp_path, "residual.json", torch.device("cuda"))
@@ -423,7 +425,7 @@ def test_a_block_on_the_gpu(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
+@pytest.mark.slow(reason="a ResNet-18, kernel by kernel where the device is simulated")
 def test_a_network_on_the_gpu(tmp_path):
     choice = ["--networks", "resnet18", "--dtype", "bfloat16", "--device", "cuda"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0

@@ -120,7 +120,7 @@ def test_nvcc_flags_leave_torch_its_architectures():
 
 
 def test_sources_are_the_files_there_are():
-    listed = build.CPP_SOURCES + build.CUDA_SOURCES
+    listed = build.CPP_SOURCES + build.WITHOUT_CUDA_SOURCES + build.CUDA_SOURCES
     assert len(listed) == len(set(listed))
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*")}
     assert set(listed) == {path for path in there if path.endswith((".cpp", ".cu"))}
@@ -191,7 +191,6 @@ def test_extension_with_cuda(torch_with_cuda):
     environ = {"RESNET_FUSED_WERROR": "1"}
     extension = build.make_extension(torch, environ)
     assert extension.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
-    assert ("RESNET_FUSED_WITH_CUDA", None) in extension.define_macros
     assert ("RESNET_FUSED_VERSION", f'"{build.VERSION}"') in extension.define_macros
     assert environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0+PTX"  # of what this nvcc knows
     wheels = [str(site_packages / "nvidia" / name / "include") for name in ("cu13", "cublas")]
@@ -207,13 +206,16 @@ def test_extension_without_gpu(torch_with_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     environ = {}
     extension = build.make_extension(torch, environ)
-    assert extension.sources == build.CPP_SOURCES
-    assert [name for name, _ in extension.define_macros] == ["RESNET_FUSED_VERSION"]
+    assert extension.sources == build.CPP_SOURCES + build.WITHOUT_CUDA_SOURCES
     assert environ == {}
     assert not [flag for flag in extension.extra_compile_args["cxx"] if flag.startswith("-Werror")]
 
     forced = build.make_extension(torch, {"FORCE_CUDA": "1"})
     assert forced.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
+    # Alike, so that the second build finds the first one's objects.
+    assert forced.include_dirs == extension.include_dirs
+    assert forced.define_macros == extension.define_macros
+    assert forced.extra_compile_args["cxx"] == extension.extra_compile_args["cxx"]
 
 
 def test_headers_are_dependencies(torch_with_cuda):

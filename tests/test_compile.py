@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from pairs import PAIRS, downsample, pair
+from thinning import slow_but
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -121,6 +122,7 @@ MODES = {
     "infer": dict(training=False, grad=False, layout=torch.channels_last),
     "infer_contiguous_autocast": dict(training=False, grad=False, layout=torch.contiguous_format, autocast=True),
 }
+INDUCTED = ("train", "train_contiguous_autocast", "infer")
 # A FrozenBatchNorm2d's float32 buffers make eager's result float32: such blocks run composed.
 COMPOSED = [("frozen", mode) for mode in MODES if "autocast" in mode]
 
@@ -129,15 +131,17 @@ COMPOSED = [("frozen", mode) for mode in MODES if "autocast" in mode]
     ("name", "mode"),
     [(n, m) for n in KINDS for m in MODES if (n, m) not in COMPOSED] + [("shared", "train_without_gradients")],
 )
+@pytest.mark.each_value
 def test_one_compilation_for_all_batches(name, mode):
     check(name, "aot_eager", **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", ["train", "train_contiguous_autocast", "infer"])
+@pytest.mark.parametrize("mode", slow_but(["train"], INDUCTED, "the C++ that inductor writes is compiled"))
 def test_inductor_too(mode):
     check("bottleneck_stride", "inductor", **MODES[mode])
 
 
+@pytest.mark.slow(reason="the C++ that inductor writes is compiled")
 def test_inductor_takes_odd_layouts():
     check("one_channel", "inductor", **MODES["train"])
 

@@ -256,7 +256,7 @@ def test_resident_blocks(arch, registers, shared, threads, blocks):
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
+@pytest.mark.slow(reason="disassembles every kernel")
 def test_the_library_under_test():
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:

@@ -27,6 +27,7 @@ from benchmarks.passes import PASSES  # noqa: E402
 pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_one_pass(sim_counters, name, which):

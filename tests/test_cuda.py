@@ -310,7 +310,7 @@ def test_second_device(placement):
         assert torch.equal(a.cpu(), b.cpu())
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="4 GB, read several times")
 @pytest.mark.skipif(simulated(), reason="a simulated device takes an hour for it")
 def test_more_than_two_to_the_31_elements():
     shape = (1, 2, 2**15 + 1, 2**15)

@@ -40,7 +40,13 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize(("make", "size"), FOLDED.values(), ids=FOLDED)
+LARGE = pytest.mark.slow(reason="a large network, in float64 too")
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [pytest.param(*case, id=name, marks=LARGE if case[1][-1] == 64 else ()) for name, case in FOLDED.items()],
+)
 def test_fold(device, make, size):
     model = nontrivial(make()).to(device)
     before = {name: t.clone() for name, t in model.state_dict().items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from lecture import ResBlk, ResBlkOpen
+from thinning import slow_but
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -75,18 +76,9 @@ def test_lecture_network_channels_last(device):
 
 
 NETWORKS = {"resnet18": (64, 9), "resnet50": (64, 17), "vgg19_bn": (32, 1), "vgg19": (32, 1), "alexnet": (64, 1)}
-SLOW_ON_CUDA = {"resnet50", "vgg19_bn", "vgg19"}  # many seconds each where the device is simulated
 
 
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [("cpu", name) for name in NETWORKS]
-    + [
-        pytest.param("cuda", name, marks=[pytest.mark.cuda, *([pytest.mark.slow] if name in SLOW_ON_CUDA else [])])
-        for name in NETWORKS
-    ],
-    indirect=["device"],
-)
+@pytest.mark.parametrize("name", slow_but(["resnet18", "alexnet"], NETWORKS, "a large network, in float64 too"))
 def test_torchvision_networks(device, name):
     size, fused_modules = NETWORKS[name]
     eager = nontrivial(getattr(torchvision.models, name)(num_classes=10))

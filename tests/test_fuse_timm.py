@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from thinning import slow_but
 from torch import nn
 from user_models import assert_same_results, fused_copy, nontrivial
 
@@ -61,7 +62,10 @@ def test_batch_norm_with_an_activation(device, act, drop):
     torch.testing.assert_close(folded(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["seresnet18", "dla34", "resnetv2_18"])
+WHOLE = ("seresnet18", "dla34", "resnetv2_18")
+
+
+@pytest.mark.parametrize("name", slow_but(["seresnet18"], WHOLE, "a whole network, in float64 too"))
 def test_networks_compute_the_same(name):
     torch.manual_seed(0)
     eager = nontrivial(timm.create_model(name, **SMALL))

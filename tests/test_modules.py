@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from pairs import PAIRS, assert_policy, downsample, pair
+from thinning import slow_but
 from torch import nn
 from torchvision.models import resnet as tv
 
@@ -31,7 +32,6 @@ def test_block(device, name, training, precision, layout):
         m.train(training).to(memory_format=layout)
     autocast = torch.bfloat16 if precision == "autocast" else None
     for gradients in (True, False):
-
 
         def compare(gradients=gradients):
             x = torch.randn(4, channels, 14, 12).to(memory_format=layout).to(device, dtype)
@@ -59,7 +59,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_but(["resnet18"], NETWORKS, "a whole network, in float64 too"))
 def test_network_from_builder(name, training):
     import torchvision
 

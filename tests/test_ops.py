@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from thinning import slow_but
 
 from resnet_fused import ops, reference
 from resnet_fused.testing import FLOORS, errors
@@ -313,7 +314,7 @@ def test_results_do_not_depend_on_threads():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", slow_but(["default"], ["default", "avx2"], "half of this file's tests anew"))
 def test_other_instruction_sets(capability):
     """The kernels for older processors pass the same tests, in a process that is told to use them."""
     script = "import resnet_fused; print(resnet_fused.build_info()['cpu_instruction_set'])"
@@ -327,14 +328,15 @@ def test_other_instruction_sets(capability):
         pytest.skip("this processor has no AVX2")
     # One shape of each test: -k excludes this test itself.
     chosen = "(statistics or apply or backward or special or rounding) and not instruction"
+    quick = "not cuda and not slow and not further"
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen, "-m", quick],
         env=environment,
         check=True,
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="4 GB, read several times")
 def test_more_than_two_to_the_31_elements():
     shape = (1, 2, 2**15 + 1, 2**15)
     y = torch.zeros(shape, dtype=torch.bfloat16)

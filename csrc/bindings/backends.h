@@ -14,9 +14,7 @@ namespace resnet_fused {
 
 inline const Backend& backend_of(c10::DeviceType device) {
   if (device == c10::DeviceType::CPU) return cpu_backend();
-#ifdef RESNET_FUSED_WITH_CUDA
-  if (device == c10::DeviceType::CUDA) return cuda_backend();
-#endif
+  if (device == c10::DeviceType::CUDA && cuda_backend() != nullptr) return *cuda_backend();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "resnet_fused was built without kernels for device ", device);
 }
 

@@ -329,9 +329,7 @@ void register_kernels(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { register_kernels(m); }
-#ifdef RESNET_FUSED_WITH_CUDA
 TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_kernels(m); }
-#endif
 
 // The vocabulary has no derivative of its own (resnet_fused/autograd.py differentiates whole blocks); asking for
 // one is an error rather than a silent None.

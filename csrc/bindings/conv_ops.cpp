@@ -313,9 +313,7 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
 
 const ConvBackend& conv_backend_of(c10::DeviceType device) {
   if (device == c10::DeviceType::CPU) return cpu_conv_backend();
-#ifdef RESNET_FUSED_WITH_CUDA
-  if (device == c10::DeviceType::CUDA) return cuda_conv_backend();
-#endif
+  if (device == c10::DeviceType::CUDA && cuda_conv_backend() != nullptr) return *cuda_conv_backend();
   TORCH_CHECK_NOT_IMPLEMENTED(false, "resnet_fused was built without native convolutions for device ", device);
 }
 
@@ -340,9 +338,7 @@ TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   register_for_device(m);
   m.impl("conv_pack", conv_pack);
 }
-#ifdef RESNET_FUSED_WITH_CUDA
 TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_for_device(m); }
-#endif
 
 // As the rest of the vocabulary, without a derivative of their own.
 TORCH_LIBRARY_IMPL(resnet_fused, Autograd, m) {

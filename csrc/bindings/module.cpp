@@ -31,11 +31,7 @@ py::dict build_info() {
   info["version"] = RESNET_FUSED_VERSION;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-#ifdef RESNET_FUSED_WITH_CUDA
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
+  info["cuda"] = resnet_fused::cuda_backend() != nullptr;
   py::list instruction_sets;
   instruction_sets.append("baseline");
   if (resnet_fused::cpu::kernels_avx2.apply) instruction_sets.append("avx2");

@@ -60,7 +60,7 @@ void on_current_stream(const Params& p) {
 }  // namespace
 }  // namespace cuda
 
-const Backend& cuda_backend() {
+const Backend* cuda_backend() {
   static const Backend backend = {
       cuda::reduction_tiles,
       cuda::merge_groups,
@@ -73,10 +73,10 @@ const Backend& cuda_backend() {
       cuda::on_current_stream<cuda::backward_apply, BackwardApplyParams>,
       cuda::on_current_stream<cuda::relu_backward_add, ReluBackwardAddParams>,
   };
-  return backend;
+  return &backend;
 }
 
-const ConvBackend& cuda_conv_backend() {
+const ConvBackend* cuda_conv_backend() {
   static const ConvBackend backend = {
       cuda::kConvLimits,
       [](DType dtype) { return dtype != DType::Float64; },
@@ -89,7 +89,7 @@ const ConvBackend& cuda_conv_backend() {
       nullptr,
       nullptr,
   };
-  return backend;
+  return &backend;
 }
 
 }  // namespace resnet_fused
