@@ -65,8 +65,8 @@ CARDS = (
          {"fprop": (0.74, 0.52), "dgrad": (0.68, 0.48), "wgrad": (0.62, 0.42)}),
     Card("H100", "sm_90a", 132, 1.70, 2048, 2.95e12, 9.0e12,
          {"fprop": (0.60, 0.38), "dgrad": (0.56, 0.35), "wgrad": (0.48, 0.28)}),
-    # A GeForce multiplies at a quarter of the A100's rate per cycle, which cuDNN therefore comes closer to. Held against
-    # nothing published.
+    # A GeForce multiplies at a quarter of the A100's rate per cycle, which cuDNN therefore comes closer to. Held
+    # against nothing published.
     Card("RTX 4090", "sm_89", 128, 2.52, 256, 0.93e12, 5.0e12,
          {"fprop": (0.85, 0.75), "dgrad": (0.80, 0.70), "wgrad": (0.75, 0.65)}),
 )  # fmt: skip
@@ -191,8 +191,8 @@ def instances(arch: str) -> tuple[str, dict[str, list[Instance]]]:
 # Of the instructions in front of and behind the main loop the share that a block executes: dgrad's are four variants.
 AROUND = {"fprop": (1.0, 1.0), "dgrad": (0.7, 0.6), "wgrad": (1.0, 0.8)}
 ENOUGH_BLOCKS = 128  # choose_tile of csrc/cuda/conv/shapes.h
-# Of wgrad, as wgrad_splits has it: blocks at least, of tiles of more than 128x64 and of smaller ones; four times as many
-# where partial sums are cheap against the operands.
+# Of wgrad, as wgrad_splits has it: blocks at least, of tiles of more than 128x64 and of smaller ones; four times as
+# many where partial sums are cheap against the operands.
 ENOUGH_SPLITS = (256, 512)
 MOST_ROUNDS = 4
 TAIL = 0.65  # of a full wave's time that one with few blocks takes
@@ -402,7 +402,7 @@ def constants() -> str:
         (
             f"Assumed: NORM {NORM}, OVERLAP {OVERLAP}, LAUNCH {LAUNCH * 1e6:.0f} us, DRAM_SHARE {DRAM_SHARE}, "
             f"EAGER_NORM {EAGER_NORM}, OUR_NORM {OUR_NORM}, TAIL {TAIL}.",
-            "cuDNN: share of the peak, of 128 columns and more, of 64. counts: the architecture whose kernels were counted.",
+            "cuDNN: share of the peak, of 128 columns and more, of 64. counts: the architecture that was counted.",
             table((*header, *shares, "counts"), rows),
         )
     )

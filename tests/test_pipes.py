@@ -20,7 +20,7 @@ HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
 
 def instructions(*lines: str) -> list[pipes.Instruction]:
     """As cuobjdump prints them, from address 0x100 in steps of 16."""
-    printed = [f"        /*{0x100 + 16 * i:04x}*/                   {line} ;   /* 0x0 */" for i, line in enumerate(lines)]
+    printed = [f"        /*{0x100 + 16 * i:04x}*/          {line} ;   /* 0x0 */" for i, line in enumerate(lines)]
     return [pipes.instruction(line) for line in printed]
 
 
