@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?=
+REPORT_ARGS ?=
 TEST_ARGS ?=
 # The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for,
 # and how many GPUs there are.
@@ -63,6 +64,7 @@ help:  ## list the targets
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
 	@echo 'BENCH_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
+	@echo 'REPORT_ARGS=--write    make the table of main loops anew that kernel-report holds them to'
 	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
 
 bench: $(BUILT)  ## build, then run the benchmarks
@@ -119,11 +121,11 @@ test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
 	GPUSIM_CHECK= GPUSIM_DEVICES= tests/gpusim/bin/gpusim-run \
 	  $(PY) -m pytest --confcutdir tests/gpusim/tests tests/gpusim/tests/runtime $(TEST_ARGS)
 
-kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spills, narrow accesses and no tensor cores are errors
+kernel-report: $(BUILT)  ## say what nvcc made of the CUDA kernels; spills, narrow accesses, slower main loops are errors
 	@where=$$($(WHERE)) && case $$where in \
-	  gpu) $(PY) -m benchmarks.kernel_report ;; \
+	  gpu) $(PY) -m benchmarks.kernel_report $(REPORT_ARGS) ;; \
 	  simulator) $(MAKE) --no-print-directory $(SIMULATED) && \
-	    $(PY) -m benchmarks.kernel_report --library build/simulated/resnet_fused/_C.*.so ;; \
+	    $(PY) -m benchmarks.kernel_report --library build/simulated/resnet_fused/_C.*.so $(REPORT_ARGS) ;; \
 	  *) echo "The CUDA kernels can't be compiled here: $$where." && exit 1 ;; \
 	esac
 

@@ -24,6 +24,7 @@ from benchmarks import (
     layers,
     networks,
     overhead,
+    predict,
     report,
     small,
     zoo,
@@ -59,6 +60,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sizes = {"nargs": "*", "type": float, "metavar": "MB"}
     choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
     choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's")
+    choice.add_argument(
+        "--predict", action="store_true", help="print a model of training on GPUs that aren't here, and run nothing"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--mode", choices=MODES, action="append", help="only this mode")
     how.add_argument("--dtype", choices=list(DTYPES), action="append", help="only this dtype; float16 on GPUs")
@@ -85,6 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(arguments)
     device = options.device
+    if options.predict and (arguments or sys.argv[1:]) != ["--predict"]:
+        parser.error("--predict: stands alone")
     options.dtype = tuple(options.dtype or dtypes_of(device))
     for dtype in options.dtype:
         if dtype not in dtypes_of(device):
@@ -231,6 +237,9 @@ def run_convolutions(settings: Settings, part: str, folder: Path) -> list[convol
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
     options = parse(arguments)
+    if options.predict:  # alone, so that nothing measured stands beside it
+        print(predict.report())
+        return 0
     quick = options.quick
     settings = Settings(
         options.device,

@@ -124,6 +124,7 @@ ONE_PASS_KERNELS = (
     "reduce_plain",
     "reduce_affine",
     "reduce_and_write",
+    "reduce_and_activate",
     "backward_apply",
     "backward_apply_plain",
     "backward_apply_frozen",
@@ -154,6 +155,11 @@ class Operands:
             "reduce_and_write": (
                 lambda: ops.bn_backward_reduce(grad, y, c, z=s, relu=True, write_grad=True),
                 [grad, y, s],
+                [y],
+            ),
+            "reduce_and_activate": (
+                lambda: ops.bn_backward_reduce(grad, y, c, relu=True, write_activation=True),
+                [grad, y],
                 [y],
             ),
             "backward_apply": (lambda: ops.bn_backward_apply(grad, y, c, b, relu=True), [grad, y], [y]),

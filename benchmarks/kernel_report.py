@@ -3,7 +3,9 @@
 """What nvcc made of the CUDA kernels: registers, memory accesses, tensor cores, occupancy. Needs no GPU.
 
 The exit status is 1 if a kernel spills registers or uses local memory, if an instance for vectors of 16 bytes does not
-access its activations in such, or if a convolution does without tensor cores or such accesses.
+access its activations in such, or if a convolution does without tensor cores or such accesses, or asks more of a pipe
+for its product than benchmarks/kernel_counts.json says (MOST_GROWTH). `--write` makes that table anew; the predictions
+of benchmarks/predict.py take their counts from it.
 
 Shared memory that a launch asks for is not in the library: for a kernel with such, the occupancy is an upper bound.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import re
@@ -20,17 +23,18 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
+from benchmarks import pipes
 from benchmarks.tables import table
 
 SOURCES = Path(__file__).parents[1] / "csrc"
 
 VECTOR_BYTES = 16
 VALUE_BYTES = {"Float64": 8, "Float32": 4, "BFloat16": 2, "Float16": 2}  # the storage types of types.cuh
-TENSOR_CORES = "HMMA HGMMA"  # a warp's and a warpgroup's instruction
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}  # 32 is not written
 
 # The convolutions' bodies are empty for architectures below, sm_75 for one (RESNET_FUSED_TENSOR_CORES in
@@ -38,6 +42,14 @@ ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}  # 
 CONVOLUTIONS_FROM = 80
 # Whether the kernel writes activations: wgrad leaves partial sums, two neighbouring floats at a time.
 CONVOLUTIONS = {"fprop_kernel": True, "dgrad_kernel": True, "wgrad_kernel": False}
+
+# Of the convolutions' main loops, by architecture and kernel: what `--write` found. The predictions read it, and a
+# build is held to it: MOST_GROWTH is what other versions of nvcc, which schedule otherwise, may take more of a pipe for
+# the same product; a change of the kernels that costs more than that is a regression.
+COUNTS = Path(__file__).parent / "kernel_counts.json"
+MOST_GROWTH = 1.05
+PREDICTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
+PREDICTED_DTYPE = "BFloat16"
 
 DEFAULT_THREADS = 256  # of a block, where a kernel has no launch bound
 WARP_THREADS = 32
@@ -84,6 +96,7 @@ class Kernel:
     shared: int
     threads: int  # of a block
     instructions: Counter[tuple[str, int]]  # by operation and bits that they access: ("LDG", 128), ("HMMA", 0)
+    loop: pipes.Loop | None = None  # that multiplies
 
     def count(self, operations: str, fewest: int = 0, most: int = VECTOR_BYTES * 8) -> int:
         """How many instructions there are of these operations, with so many bits."""
@@ -113,12 +126,21 @@ class Kernel:
     @property
     def tensor_cores(self) -> int:
         """Tensor-core instructions."""
-        return self.count(TENSOR_CORES)
+        return self.count(" ".join(pipes.TENSOR_CORES))
 
     @property
     def template(self) -> str:
         """The name without template arguments."""
         return self.name.partition("<")[0]
+
+    @property
+    def warps(self) -> int:
+        return math.ceil(self.threads / WARP_THREADS)
+
+    @property
+    def cycles(self) -> pipes.Cycles | None:
+        """Of a block and iteration of the main loop."""
+        return self.loop and self.loop.cycles(self.arch, self.warps)
 
     @property
     def vector_of(self) -> int | None:
@@ -136,7 +158,7 @@ class Kernel:
         processor = multiprocessor(self.arch)
         if processor is None:
             return None
-        warps = math.ceil(self.threads / WARP_THREADS)
+        warps = self.warps
         warps_of_a_part = PART_REGISTERS // round_up(self.registers * WARP_THREADS, REGISTER_UNIT)
         shared = round_up(self.shared + processor.reserved, processor.shared_unit)
         blocks = min(
@@ -166,11 +188,52 @@ class Kernel:
         if self.template in CONVOLUTIONS and int(re.sub(r"\D", "", self.arch)) >= CONVOLUTIONS_FROM:
             if not self.tensor_cores:
                 found.append("no tensor-core instruction")
+            elif self.loop is None:
+                found.append("no loop with tensor-core instructions")
+            else:
+                found += growth(self, counted().get(self.arch, {}).get(self.name))
             if not self.loads:
                 found.append("no 128-bit load")
             if not self.stores and CONVOLUTIONS[self.template]:
                 found.append("no 128-bit store")
         return [f"{self.arch} {self.name}: {violation}" for violation in found]
+
+
+def growth(kernel: Kernel, before: dict | None) -> list[str]:
+    """Which pipes one multiply-add takes longer than it did, by more than MOST_GROWTH."""
+    if before is None:
+        return []
+    was = pipes.Loop(**before["loop"])
+    then, now = was.cycles(kernel.arch, before["warps"]), kernel.cycles
+    products = (was.multiply_adds * before["warps"], kernel.loop.multiply_adds * kernel.warps)
+    found = []
+    for pipe in ("issue", "alu", "shared"):
+        a, b = (getattr(c, pipe) / n for c, n in zip((then, now), products, strict=True))
+        if b > MOST_GROWTH * a:
+            found.append(
+                f"{pipe}: {b / a - 1:.0%} more cycles per product than in {COUNTS.name} (most: {MOST_GROWTH - 1:.0%})"
+            )
+    if kernel.occupancy and kernel.occupancy[0] < before["blocks"]:
+        found.append(f"{kernel.occupancy[0]} blocks on a multiprocessor; {COUNTS.name} has {before['blocks']}")
+    return found
+
+
+@cache
+def counted() -> dict[str, dict[str, dict]]:
+    """By architecture and kernel what `--write` left."""
+    return json.loads(COUNTS.read_text())["kernels"] if COUNTS.exists() else {}
+
+
+def write_counts(kernels: Iterable[Kernel]) -> None:
+    """Makes the table of COUNTS anew; of architectures that are not among ``kernels`` it keeps what it has."""
+    found: dict[str, dict[str, dict]] = defaultdict(dict)
+    for k in kernels:
+        if k.loop and k.arch in PREDICTED_ARCHS and PREDICTED_DTYPE in k.name:
+            blocks = k.occupancy[0] if k.occupancy else 1
+            found[k.arch][k.name] = {"warps": k.warps, "blocks": blocks, "loop": asdict(k.loop)}
+    whole = dict(sorted({**counted(), **found}.items()))
+    note = "generated by python -m benchmarks.kernel_report --write"
+    COUNTS.write_text(json.dumps({"note": note, "kernels": whole}, indent=1) + "\n")
 
 
 def round_up(value: int, unit: int) -> int:
@@ -184,7 +247,7 @@ RESOURCE_HEADER = re.compile(r" Function (\S+):")
 ATTRIBUTE_HEADER = re.compile(r"\.nv\.info\.(\S+)")
 SASS_HEADER = re.compile(r"\s+Function : (\S+)")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?\s*(LDG|LDGSTS|STG|LDL|STL|HMMA|HGMMA)((?:\.\w+)*) ")
+REPORTED = frozenset("LDG LDGSTS STG LDL STL HMMA HGMMA".split())
 
 
 def of_kernels(lines: Iterable[str], header: re.Pattern[str]) -> Iterator[tuple[Key, str]]:
@@ -211,15 +274,23 @@ def launch_bounds(lines: Iterable[str]) -> dict[Key, int]:
     return bounds
 
 
-def counted_instructions(lines: Iterable[str]) -> dict[Key, Counter[tuple[str, int]]]:
-    """Instructions by operation and bits, from the output of ``cuobjdump -sass``."""
-    instructions: dict[Key, Counter[tuple[str, int]]] = defaultdict(Counter)
-    for key, line in of_kernels(lines, SASS_HEADER):
-        if found := INSTRUCTION.match(line):
-            written = [ACCESS_BITS[part] for part in found[2].split(".") if part in ACCESS_BITS]
-            bits = 0 if found[1] in TENSOR_CORES.split() else written[0] if written else 32
-            instructions[key][found[1], bits] += 1
-    return instructions
+Counts = tuple[Counter[tuple[str, int]], pipes.Loop | None]
+
+
+def counted_instructions(lines: Iterable[str]) -> dict[Key, Counts]:
+    """Instructions by operation and bits, and the main loop, from the output of ``cuobjdump -sass``."""
+    found: dict[Key, Counts] = {}
+    for key, group in groupby(of_kernels(lines, SASS_HEADER), key=lambda pair: pair[0]):
+        # One kernel's at a time: a library has millions.
+        kernel = [i for _, line in group if (i := pipes.instruction(line))]
+        counts: Counter[tuple[str, int]] = Counter()
+        for i in kernel:
+            if i.operation in REPORTED:
+                written = [ACCESS_BITS[part] for part in i.modifiers if part in ACCESS_BITS]
+                bits = 0 if i.operation in pipes.TENSOR_CORES else written[0] if written else 32
+                counts[i.operation, bits] += 1
+        found[key] = counts, pipes.count(kernel)
+    return found
 
 
 def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[str]) -> list[Kernel]:
@@ -238,9 +309,11 @@ def parse(resources: Iterable[str], attributes: Iterable[str], sass: Iterable[st
             stack=stack + local,
             shared=own_shared(arch, shared),
             threads=bounds.get((arch, name), DEFAULT_THREADS),
-            instructions=instructions[arch, name],
+            instructions=counts,
+            loop=loop,
         )
         for (arch, name), (registers, stack, shared, local) in found.items()
+        for counts, loop in (instructions.get((arch, name), (Counter(), None)),)
     ]
     return sorted(kernels, key=lambda kernel: (len(kernel.arch.rstrip("af")), kernel.arch, kernel.name))
 
@@ -318,6 +391,32 @@ def kernel_table(kernels: Iterable[Kernel]) -> str:
     return table(header, rows)
 
 
+def pipe_table(kernels: Iterable[Kernel]) -> str:
+    """Of each main loop, per iteration: one warp's instructions, then a whole block's cycles on each pipe."""
+    header = (
+        *("main loop", "arch", "instructions", "FMA", "LDSM", "LDS+STS", "LDGSTS", "FP32", "cvt+PRMT"),
+        *("tensor", "issue", "ALU", "shared", "L2 bytes", "bound", "ceiling", "blocks"),
+    )
+    rows = []
+    for k in kernels:
+        if k.loop is None:
+            continue
+        loop, cycles = k.loop, k.cycles
+        counts = (loop.instructions, loop.multiply_adds, loop.ldsm, loop.lds + loop.sts, loop.ldgsts)
+        tensor = "?" if cycles.tensor is None else f"{cycles.tensor:.0f}"
+        shared = f"{cycles.shared:.0f}..{cycles.shared_most:.0f}"
+        ceiling = "?" if cycles.ceiling is None else f"{cycles.ceiling:.0%}"
+        blocks = str(k.occupancy[0]) if k.occupancy else "?"
+        rows.append(
+            (
+                *(k.name, k.arch, *map(str, (*counts, loop.fp32, loop.conversions))),
+                *(tensor, f"{cycles.issue:.0f}", f"{cycles.alu:.0f}", shared, str(loop.copied * k.warps)),
+                *(cycles.bound, ceiling, blocks),
+            )
+        )
+    return table(header, rows)
+
+
 def summary_table(kernels: Iterable[Kernel]) -> str:
     """Of each architecture the extremes."""
     groups: dict[str, list[Kernel]] = defaultdict(list)
@@ -355,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.partition("\n")[0])
     parser.add_argument("--library", type=Path, metavar="PATH", help="default: the extension that is imported")
     parser.add_argument("--arch", metavar="NAME", help="only this architecture, such as sm_80")
+    parser.add_argument("--write", action="store_true", help=f"make {COUNTS.name} anew, then hold the kernels to it")
     options = parser.parse_args(arguments)
     library = options.library
     if library is None:
@@ -371,7 +471,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not kernels:
         raise SystemExit(f"{library} holds no CUDA kernels" + (f" for {options.arch}" if options.arch else ""))
 
-    print(kernel_table(kernels), "", summary_table(kernels), "", sep="\n")
+    if options.write:
+        write_counts(kernels)
+        counted.cache_clear()
+    print(kernel_table(kernels), "", sep="\n")
+    if any(kernel.loop for kernel in kernels):
+        print("Main loops: a warp's instructions, a block's cycles, per iteration. ceiling: of the tensor cores' rate.")
+        print(pipe_table(kernels), "", sep="\n")
+    print(summary_table(kernels), "", sep="\n")
     shown = first_violations(kernels)
     print(*(f"violation: {violation}" for violation in shown), sep="\n", end="\n" if shown else "")
     count = sum(len(kernel.violations) for kernel in kernels)

@@ -101,6 +101,7 @@ struct BackwardReduceParams {
   ShortcutInput shortcut;  // with coefficients: the second branch, whose third sum is formed
   ReluMask mask;
   void* masked_grad;  // null, or receives the gradient behind the ReLU
+  void* activation;   // null, or receives relu(scale * y + shift); without a shortcut
   void* sums;         // [reduction_tiles, 2 or 3, C] acc: sum g, sum g*(y - mean), sum g*(shortcut - shortcut_mean)
 };
 

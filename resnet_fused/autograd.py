@@ -29,8 +29,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
         z, kept = block.forward(plan, x, shortcut, tensors)
-        mask = z if plan.relu and plan.join is Join.TENSOR else None
-        # A shortcut from elsewhere is not kept: it enters linearly, and z serves the ReLU's mask.
+        mask = z if plan.keeps_z else None
         ctx.save_for_backward(x, mask, *kept.outputs, *kept.coefficients, *kept.weights, *learnt(tensors))
         ctx.plan = plan
         return z
@@ -116,5 +115,6 @@ def residual(
     minimal = memory == "minimal"
     if torch.compiler.is_compiling():
         return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)
-    plan, tensors = block.choose(x, chain, join, relu, minimal, cast_weights)
+    reads = block.reads_joined(chain, join, relu)
+    plan, tensors = block.choose(x, chain, join, relu, minimal, cast_weights, reads)
     return _Block.apply(plan, x, external, *tensors)

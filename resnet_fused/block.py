@@ -54,6 +54,7 @@ class Plan(NamedTuple):
     relu: bool
     minimal: bool
     cast_weights: bool  # autocast: parameters follow the input's dtype
+    reads_joined: bool  # see `reads_joined`
 
     @property
     def last(self) -> int:
@@ -70,6 +71,10 @@ class Plan(NamedTuple):
         if self.units[i].native_fprop and ops.casts_weight(x, weight):
             return weight
         return weight.to(x.dtype)
+
+    @property
+    def keeps_z(self) -> bool:
+        return keeps_z(self.join, self.relu, self.minimal, self.reads_joined)
 
     @property
     def ends_in_convolution(self) -> bool:
@@ -182,14 +187,32 @@ def ends_in_convolution(normalises: bool, join: Join, relu: bool) -> bool:
     return not (normalises or relu or join is Join.PROJECTION)
 
 
-def keeps_output(i: int, convolves: bool, units: int, join: Join, minimal: bool, needed: bool) -> bool:
-    """Whether unit ``i`` of ``units``, the projection's included, has its convolution's output kept for backward.
+def reads_joined(chain: Sequence[Unit], join: Join, relu: bool) -> bool:
+    """Whether backward needs the convolutions' outputs that meet in the join for more than the ReLU's mask.
 
-    ``needed``: whether the block does not end in a convolution.
+    Frozen batch norms need them where gamma is learnt. ``chain``: the projection's unit last, if there is one.
     """
+    joined = chain[-2:] if join is Join.PROJECTION else chain[-1:]
+    if not relu:
+        return not ends_in_convolution(joined[0].norm is not None, join, relu)
+    norms = [u.norm for u in joined if u.norm is not None]
+    return any(n.batch_statistics or (n.weight is not None and n.weight.requires_grad) for n in norms)
+
+
+def keeps_z(join: Join, relu: bool, minimal: bool, reads_joined: bool) -> bool:
+    """Whether backward takes the ReLU's mask from the block's output.
+
+    A shortcut from elsewhere is not kept: it enters linearly. Without one, z, which a consumer keeps anyway, takes the
+    place of tensors of its size that would be kept for the mask alone; minimal memory keeps neither.
+    """
+    return relu and (join is Join.TENSOR or not (reads_joined or minimal))
+
+
+def keeps_output(i: int, convolves: bool, units: int, join: Join, minimal: bool, reads_joined: bool) -> bool:
+    """Whether unit ``i`` of ``units``, the projection's included, has its convolution's output kept for backward."""
     # The join's inputs come back from one convolution each.
     joined = units - 2 if join is Join.PROJECTION else units - 1
-    return convolves and not ((minimal or not needed) and i >= joined)
+    return convolves and not ((minimal or not reads_joined) and i >= joined)
 
 
 def forward(
@@ -216,7 +239,7 @@ def forward(
         z = ops.bn_apply(outputs[last], coefficients[last], *join, plan.relu)
 
     kept = [
-        y if keeps_output(i, u.convolves, len(units), plan.join, plan.minimal, not plan.ends_in_convolution) else None
+        y if keeps_output(i, u.convolves, len(units), plan.join, plan.minimal, plan.reads_joined) else None
         for i, (u, y) in enumerate(zip(plan.units, outputs, strict=True))
     ]
     # With minimal memory weights are cast again.
@@ -237,7 +260,7 @@ def backward(
 
     Args:
         needs: which of them: the input's, the shortcut's, four per unit.
-        z: the block's output, for its ReLU's mask, where a shortcut from elsewhere was added, which is not kept.
+        z: the block's output if the plan keeps it.
         parameters: four per unit: the convolution's weight and bias, the batch norm's weight and bias.
     """
     count = len(plan.units)
@@ -255,10 +278,6 @@ def backward(
 
     def source(i: int) -> _Source:
         return (x, None) if plan.reads_input(i) else (outputs[i - 1], coefficients[i - 1])
-
-    def operand(i: int) -> Tensor:
-        """What a library convolution read, or where only its shape matters a tensor of the same."""
-        return _activation(source(i)) if needs[i][0] else source(i)[0]
 
     def needs_sums(i: int) -> bool:
         return plan.units[i].batch_statistics or any(needs[i][1:])
@@ -281,12 +300,17 @@ def backward(
             grads[i][1] = torch.zeros_like(bias) if statistics else (b[2] * b[1]).to(bias.dtype)
         return b
 
-    def library_backward(i: int, grad_y: Tensor, a: Tensor, need_input: bool) -> Tensor | None:
+    def library_backward(
+        i: int, grad_y: Tensor, a: Tensor | None, need_input: bool, need_weight: bool
+    ) -> Tensor | None:
+        """``a``: what the convolution read, if it is there already."""
         unit = plan.units[i]
         if not unit.convolves:
             return grad_y
+        if a is None:  # dgrad reads but its shape
+            a = _activation(source(i)) if need_weight else source(i)[0]
         grad_a, grad_weight = ops.convolution_backward(
-            grad_y, a, weights[i], *unit[1:5], need_input, needs[i][0]
+            grad_y, a, weights[i], *unit[1:5], need_input, need_weight
         )
         if grad_weight is not None:
             grads[i][0] = grad_weight.to(parameters[i][0].dtype)
@@ -313,21 +337,25 @@ def backward(
         return dx, None if table is None else sums
 
     # The join.
-    a = None if plan.units[last].native or not needs[last][0] else _activation(source(last))
-    y = grad if plan.ends_in_convolution else outputs[last]
+    a = None
+    # Where only the mask matters, z stands for the tensors that were joined: their values are not read.
+    y = z if plan.keeps_z and not plan.reads_joined else grad if plan.ends_in_convolution else outputs[last]
     if y is None:
-        read = source(last) if a is None else (a, None)
+        read = source(last)
+        if needs[last][0] and not plan.units[last].native:
+            a = _activation(read)
+            read = (a, None)
         y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
     grad_shortcut = grad_x = None
     if plan.join is Join.PROJECTION:
-        s = outputs[projection]
+        s = outputs[projection] if y is not z else z
         if s is None:
             s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
         some_native = plan.units[last].native or plan.units[projection].native
         masked = sums = None
         if some_native or needs_sums(last) or needs_sums(projection):
-            masked, sums = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, coefficients[projection], None, plan.relu, some_native and plan.relu
+            masked, sums, _ = ops.bn_backward_reduce(
+                grad, y, coefficients[last], s, coefficients[projection], z, plan.relu, some_native and plan.relu
             )
         g = masked if plan.relu else grad
         b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
@@ -339,7 +367,7 @@ def backward(
             if plan.units[projection].native:
                 grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
             else:
-                grad_x = library_backward(projection, of_shortcut.tensor(), x, need_x)
+                grad_x = library_backward(projection, of_shortcut.tensor(), x, need_x, needs[projection][0])
         else:
             gradient, grad_s = ops.bn_backward_apply_pair(
                 grad,
@@ -352,20 +380,25 @@ def backward(
                 plan.relu,
                 plan.units[last].batch_statistics,
                 plan.units[projection].batch_statistics,
+                z,
             )
-            grad_x = library_backward(projection, grad_s, x, need_x)
+            grad_x = library_backward(projection, grad_s, x, need_x, needs[projection][0])
             del grad_s
         del s
     else:
         identity = plan.join is Join.IDENTITY
-        s = x if identity and plan.relu else None
-        # A native convolution takes the masked gradient, and the identity's is added by the first one.
+        s = x if identity and plan.relu and z is None else None
+        # Written once, the masked gradient serves the last convolution and the identity: of the block's widest tensor
+        # 10 passes instead of 12. It takes a tensor's memory until the identity's share is added, which minimal memory
+        # spares; frozen batch norms that nothing of is learnt have no pass that could write it.
         write = plan.relu and (
-            need_shortcut or plan.units[last].native or (identity and need_x and plan.units[0].native)
+            need_shortcut
+            or plan.units[last].native
+            or (identity and need_x and (plan.units[0].native or (needs_sums(last) and not plan.minimal)))
         )
         masked = sums = None
         if write or needs_sums(last):
-            masked, sums = ops.bn_backward_reduce(
+            masked, sums, _ = ops.bn_backward_reduce(
                 grad, y, coefficients[last], s, None, z, plan.relu, write_grad=write
             )
         g = masked if plan.relu else grad
@@ -376,7 +409,7 @@ def backward(
         statistics = plan.units[last].batch_statistics
         if plan.ends_in_convolution:
             gradient = grad
-        elif plan.units[last].native:
+        elif write:
             gradient = _Gradient(g, y, coefficients[last], b, statistics)
         else:
             gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
@@ -385,6 +418,15 @@ def backward(
     grad_a = None
     for i in range(last, -1, -1):
         need_input = need_x or any(any(n) for n in needs[:i])
+        # A pass over the values in front of a ReLU writes the activation, too: wgrad, which reads it, comes after that.
+        delayed = (
+            i > 0
+            and need_input
+            and needs[i][0]
+            and a is None
+            and not (plan.units[i].native or plan.units[i - 1].native)
+            and needs_sums(i - 1)
+        )
         sums = None
         if plan.units[i].native:
             addend = None
@@ -394,23 +436,26 @@ def backward(
         else:
             if isinstance(gradient, _Gradient):
                 gradient = gradient.tensor()
-            a = a if a is not None else operand(i)
-            grad_a = library_backward(i, gradient, a, need_input)
-        gradient = a = None  # freed before the next allocation
+            grad_a = library_backward(i, gradient, a, need_input, needs[i][0] and not delayed)
+        a = None  # freed before the next allocation
+        if not delayed:
+            gradient = None
         if i == 0 or not need_input:
             break
         unit, below = plan.units[i - 1], outputs[i - 1]
         masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
         if not masked:
             if not unit.native:
-                a = operand(i - 1)
                 grad_a = ops.dense(grad_a)
             # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
             written = None
             if unit.native or needs_sums(i - 1):
-                written, sums = ops.bn_backward_reduce(
-                    grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native
+                written, sums, a = ops.bn_backward_reduce(
+                    grad_a, below, coefficients[i - 1], None, None, None, True, unit.native, delayed
                 )
+                if delayed:
+                    library_backward(i, gradient, a, False, True)
+                gradient = a = None
             masked = unit.native
             grad_a = written if masked else grad_a
         b = norm_backward(i - 1, sums, 0, below)
@@ -428,14 +473,17 @@ def backward(
         if grad_x is not None:
             grad_a.add_(grad_x)
         else:
-            ops.relu_backward_add_(grad_a, grad, y, coefficients[last], x)
+            ops.relu_backward_add_(grad_a, grad, y, coefficients[last], s, z)
     return grad_a, grad_shortcut, grads
 
 
 def choose(
-    x: Tensor, chain: Sequence[Unit], join: Join, relu: bool, minimal: bool, cast_weights: bool
+    x: Tensor, chain: Sequence[Unit], join: Join, relu: bool, minimal: bool, cast_weights: bool, reads: bool
 ) -> tuple[Plan, list[Tensor | None]]:
-    """The plan of ``chain``, units and projection, on ``x`` under the engine in force, and its tensors."""
+    """The plan of ``chain``, units and projection, on ``x`` under the engine in force, and its tensors.
+
+    ``reads``: :func:`reads_joined`.
+    """
     units, tensors = [], []
     for u in chain:
         # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
@@ -447,4 +495,4 @@ def choose(
         plan, own = _split(u, *native)
         units.append(plan)
         tensors += own
-    return Plan(tuple(units), join, relu, minimal, cast_weights), tensors
+    return Plan(tuple(units), join, relu, minimal, cast_weights, reads), tensors

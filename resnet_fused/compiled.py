@@ -27,20 +27,18 @@ def _running(tensors: Sequence[Tensor | None], units: Sequence[Unit]) -> list[in
     ]
 
 
-def _kept(units: Sequence[Unit], join: Join, relu: bool, minimal: bool) -> list[int]:
+def _kept(units: Sequence[Unit], join: Join, minimal: bool, reads: bool) -> list[int]:
     """The units whose convolution's output is kept."""
-    last = units[-2 if join is Join.PROJECTION else -1]
-    needed = not block.ends_in_convolution(last.norm is not None, join, relu)
     return [
-        i for i, u in enumerate(units) if block.keeps_output(i, u.conv is not None, len(units), join, minimal, needed)
+        i for i, u in enumerate(units) if block.keeps_output(i, u.conv is not None, len(units), join, minimal, reads)
     ]
 
 
-_OPTIONS = "bool minimal, bool cast_weights"
+_OPTIONS = "bool minimal, bool cast_weights, bool reads"
 
 
 @opaque.operator("block_forward", f"Tensor x, Tensor? shortcut, Tensor?[] tensors, {_OPTIONS}", "Tensor[]")
-def _block_forward(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, engine, join, relu):
+def _block_forward(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine, join, relu):
     """The output, the convolutions' outputs that are kept, the coefficients, what the running statistics become."""
     # Not updated in place: torch.compile has no functional form of an operator that writes and returns a list.
     tensors, copies = list(tensors), {}
@@ -51,7 +49,7 @@ def _block_forward(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, 
             copies[key] = tensors[i].clone()
         tensors[i] = copies[key]
     join, units = Join(join), opaque.restore(tensors, sizes, numbers)
-    plan, tensors = block.choose(x, units, join, relu, minimal, cast_weights)
+    plan, tensors = block.choose(x, units, join, relu, minimal, cast_weights, reads)
     z, kept = block.forward(plan, x, shortcut, tensors)
     layouts = [layout for _, layout in opaque.outputs(x, units, join)]
     conformed = [opaque.conform(y, layouts[i]) for i, y in enumerate(kept.outputs) if y is not None]
@@ -62,7 +60,7 @@ def _block_forward(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, 
 
 
 @_block_forward.register_fake
-def _(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, engine, join, relu):
+def _(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine, join, relu):
     join, units = Join(join), opaque.restore(tensors, sizes, numbers)
 
     def empty(shape, layout):
@@ -70,7 +68,7 @@ def _(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, engine, join,
 
     described = list(opaque.outputs(x, units, join))
     z = empty(*described[-2 if join is Join.PROJECTION else -1])
-    conformed = [empty(*described[i]) for i in _kept(units, join, relu, minimal)]
+    conformed = [empty(*described[i]) for i in _kept(units, join, minimal, reads)]
     acc = ops.acc_dtype(x.dtype)
     coefficients = [torch.empty((4, shape[1]), dtype=acc, device=x.device) for shape, _ in described]
     return [z, *conformed, *coefficients, *(torch.empty_like(tensors[i]) for i in _running(tensors, units))]
@@ -83,12 +81,26 @@ def _(x, shortcut, tensors, minimal, cast_weights, sizes, numbers, engine, join,
     "Tensor[]",
 )
 def _block_backward(
-    grad, x, z, outputs, coefficients, parameters, needs, minimal, cast_weights, sizes, numbers, engine, join, relu
+    grad,
+    x,
+    z,
+    outputs,
+    coefficients,
+    parameters,
+    needs,
+    minimal,
+    cast_weights,
+    reads,
+    sizes,
+    numbers,
+    engine,
+    join,
+    relu,
 ):
     """The gradients that are needed: the input's, the shortcut's, those of four parameters per unit."""
     join, units = Join(join), _units(parameters, sizes, numbers)
-    plan, _ = block.choose(x, units, join, relu, minimal, cast_weights)
-    kept = dict(zip(_kept(units, join, relu, minimal), outputs, strict=True))
+    plan, _ = block.choose(x, units, join, relu, minimal, cast_weights, reads)
+    kept = dict(zip(_kept(units, join, minimal, reads), outputs, strict=True))
     count = len(units)
     # Weights that forward cast are cast again.
     saved = Kept([kept.get(i) for i in range(count)], coefficients, [None] * count)
@@ -103,7 +115,7 @@ def _block_backward(
 
 @_block_backward.register_fake
 def _(grad, x, z, outputs, coefficients, parameters, needs, *rest):
-    minimal, cast_weights, sizes, numbers, engine, join, relu = rest
+    minimal, cast_weights, reads, sizes, numbers, engine, join, relu = rest
     of_input, of_shortcut, *of_parameters = needs
     found = [torch.empty_like(x, memory_format=suggest_memory_format(x))] if of_input else []
     if of_shortcut:
@@ -136,13 +148,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        minimal, _, sizes, numbers, _, join, relu = call
+        minimal, _, reads, sizes, numbers, _, join, relu = call
         units = opaque.restore(tensors, sizes, numbers)
-        kept, count = len(_kept(units, Join(join), relu, minimal)), len(units)
+        kept, count = len(_kept(units, Join(join), minimal, reads)), len(units)
         z, *found = _block_forward(x, shortcut, tensors, *call)
         saved, updated = found[: kept + count], found[kept + count :]
         ctx.mark_non_differentiable(*updated)
-        mask = z if relu and Join(join) is Join.TENSOR else None
+        mask = z if block.keeps_z(Join(join), relu, minimal, reads) else None
         ctx.save_for_backward(x, mask, *saved, *learnt(tensors))
         ctx.call, ctx.kept, ctx.count = call, kept, count
         return z, *updated
@@ -176,7 +188,8 @@ def residual(
     cast_weights: bool,
 ) -> Tensor:
     """A block, of whose ``units`` the last is the projection if there is one, where torch.compile traces."""
-    call = (minimal, cast_weights, *opaque.describe(units), current_engine(), join.value, relu)
+    reads = block.reads_joined(units, join, relu)
+    call = (minimal, cast_weights, reads, *opaque.describe(units), current_engine(), join.value, relu)
     tensors = opaque.tensors_of(units)
     z, *updated = _Block.apply(call, x, shortcut, *tensors)
     with torch.no_grad():

@@ -131,16 +131,18 @@ def bn_backward_reduce(
     z: Tensor | None = None,
     relu: bool = False,
     write_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
+    write_activation: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of one or two batch norms' backward over ``g``, the gradient behind the ReLU.
 
-    Returns ``(g, sums)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[tiles, 2, C]`` acc, tiles as in
-    :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum of
-    g*(shortcut - its mean). The ReLU's mask is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and
+    Returns ``(g, sums, activation)``: ``g`` like ``y`` if ``write_grad``, else empty; ``sums`` ``[tiles, 2, C]`` acc,
+    tiles as in :func:`bn_statistics`: sum of g, sum of g*(y - mean); with ``shortcut_coefficients`` a third row, sum
+    of g*(shortcut - its mean); ``activation`` ``relu(scale*y + shift)`` like ``y`` if ``write_activation``, which
+    allows for no shortcut, else empty. The ReLU's mask is ``z > 0`` if ``z`` is given, else recomputed from ``y`` and
     ``shortcut``.
     """
     return _ops.bn_backward_reduce(
-        grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad
+        grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad, write_activation
     )
 
 
@@ -195,8 +197,12 @@ def bn_backward_apply_pair(
     relu: bool,
     batch_statistics: bool,
     shortcut_batch_statistics: bool,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(dy, dshortcut)`` of the join of two batch norms, from one read of the gradient."""
+    """``(dy, dshortcut)`` of the join of two batch norms, from one read of the gradient.
+
+    The mask as in :func:`bn_backward_reduce`.
+    """
     return _ops.bn_backward_apply_pair(
         grad,
         y,
@@ -208,6 +214,7 @@ def bn_backward_apply_pair(
         relu,
         batch_statistics,
         shortcut_batch_statistics,
+        z,
     )
 
 
@@ -691,9 +698,10 @@ def _(y, coefficients, shortcut, shortcut_coefficients, relu):
 
 
 @_fake("bn_backward_reduce")
-def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad):
+def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_grad, write_activation=False):
     sums = _empty_tiles(y, 2 if shortcut_coefficients is None else 3)
-    return (_empty_dense(y) if write_grad else y.new_empty(0)), sums
+    masked, activation = (_empty_dense(y) if written else y.new_empty(0) for written in (write_grad, write_activation))
+    return masked, sums, activation
 
 
 @_fake("bn_backward_finalize")
@@ -723,6 +731,7 @@ def _(
     relu,
     batch_statistics,
     shortcut_batch_statistics,
+    z=None,
 ):
     return _empty_dense(y), _empty_dense(y)
 

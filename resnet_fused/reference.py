@@ -119,14 +119,16 @@ def bn_backward_reduce(
     z: Tensor | None = None,
     relu: bool = False,
     write_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``g`` and the sums of g, g*(y - mean) and, for two batch norms, g*(shortcut - its mean)."""
+    write_activation: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``g``, the sums of g, g*(y - mean) and, for two batch norms, g*(shortcut - its mean), and the activation."""
     masked = masked_grad(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu)
     g = _acc(masked)
     sums = [g.sum((0, 2, 3)), (g * (_acc(y) - _channels(coefficients[0]))).sum((0, 2, 3))]
     if shortcut_coefficients is not None:
         sums.append((g * (_acc(shortcut) - _channels(shortcut_coefficients[0]))).sum((0, 2, 3)))
-    return (masked if write_grad else y.new_empty(0)), torch.stack(sums).unsqueeze(0)
+    activation = bn_apply(y, coefficients, relu=True) if write_activation else y.new_empty(0)
+    return (masked if write_grad else y.new_empty(0)), torch.stack(sums).unsqueeze(0), activation
 
 
 def bn_backward_finalize(

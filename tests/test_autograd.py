@@ -354,3 +354,39 @@ def test_what_may_come_without_a_batch_norm():
             functional.residual(x, units)
     with pytest.raises(ValueError, match="shortcut.norm: expected a batch norm"):
         functional.residual(x, (Unit(conv, norm),), Unit(conv, None))
+
+
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize("learns_beta", [False, True])
+def test_frozen_norms_without_gamma_keep_no_joined_values(device, projects, learns_beta):
+    """z, which whoever reads it keeps anyway, gives the mask; the gradients are the reference's."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)) if projects else None
+    block = rf.BasicBlock(8, 8, downsample=shortcut).to(device, torch.float64).eval()
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, device=device, requires_grad=True)
+    with_gamma = kept_bytes(block, x)
+    for norm in norms:
+        norm.weight.requires_grad_(False)
+        norm.bias.requires_grad_(learns_beta)
+    # In place of the last convolution's output, and of the projection's, z.
+    assert kept_bytes(block, x) == with_gamma - (x.nbytes if projects else 0)
+    learnt = [x, *(p for p in block.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(block(x).square().sum(), learnt)
+    with rf.engine("reference"):
+        expected = torch.autograd.grad(block(x).square().sum(), learnt)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_passes_of_an_identity_block_s_backward(device, monkeypatch):
+    """The masked gradient is written once, and activations by the reduction that reads their norm's input."""
+    block = rf.Bottleneck(16, 4).to(device).train()
+    x = torch.randn(2, 16, 6, 6, device=device, requires_grad=True)
+    z = block(x)
+    calls = []
+    for name in ("bn_apply", "bn_backward_reduce", "bn_backward_apply", "bn_backward_apply_", "relu_backward_add_"):
+        function = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, f=function, **k: calls.append(n) or f(*a, **k))
+    z.sum().backward()
+    assert calls == ["bn_backward_reduce", "bn_backward_apply"] + ["bn_backward_reduce", "bn_backward_apply_"] * 2

@@ -27,7 +27,7 @@ def everything(y, grad, weight, bias):
     """What a batch norm + ReLU computes with the vocabulary: the output, the coefficients, all gradients."""
     coefficients = ops.bn_finalize(ops.bn_statistics(y), weight, bias, None, None, None, 0.1, EPS)
     z = ops.bn_apply(y, coefficients, relu=True)
-    _, sums = ops.bn_backward_reduce(grad, y, coefficients, relu=True)
+    _, sums, _ = ops.bn_backward_reduce(grad, y, coefficients, relu=True)
     backward = ops.bn_backward_finalize(sums, coefficients, 0, y.numel() // y.shape[1], True)
     dy = ops.bn_backward_apply(grad, y, coefficients, backward, relu=True)
     return {"z": z, "mean": coefficients[0], "invstd": coefficients[1], "d_weight": backward[0], "d_bias": backward[1],

@@ -206,14 +206,21 @@ def test_backward(kernels, shape, dtype, layout, join, mask):
     # The reference's mask comes from the very output of forward: a sign is a sign.
     wide_z = kernels.bn_apply(y, coefficients, relu=True, **kwargs).double() if relu else None
 
-    masked, sums = kernels.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, write_grad=True, **kwargs)
-    nothing, again = kernels.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, **kwargs)
+    masked, sums, _ = kernels.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, write_grad=True, **kwargs)
+    nothing, again, unwritten = kernels.bn_backward_reduce(grad, y, coefficients, z=z, relu=relu, **kwargs)
     wide_kwargs = double(kwargs)
-    expected, expected_sums = reference.bn_backward_reduce(
+    expected, expected_sums, _ = reference.bn_backward_reduce(
         *wide, z=wide_z, relu=relu, write_grad=True, **wide_kwargs
     )
     assert torch.equal(masked.double(), expected)
-    assert nothing.numel() == 0 and torch.equal(sums, again)
+    assert nothing.numel() == unwritten.numel() == 0 and torch.equal(sums, again)
+    if join == "none":
+        g, same, activation = kernels.bn_backward_reduce(
+            grad, y, coefficients, z=z, relu=relu, write_grad=True, write_activation=True
+        )
+        assert torch.equal(g, masked) and torch.equal(same, sums)
+        assert torch.equal(activation, kernels.bn_apply(y, coefficients, relu=True))
+        assert activation.stride() == y.stride()
     # A sum cancels: what it may be off by is relative to the sum of its terms' sizes.
     terms = reference.bn_backward_reduce(
         wide[0].abs(), wide[1], wide[2], z=wide_z, relu=relu, **wide_kwargs
@@ -240,10 +247,10 @@ def test_backward(kernels, shape, dtype, layout, join, mask):
                 grad.clone(), y, coefficients, backward, shortcut, z, relu, statistics
             )
             assert torch.equal(over, dy)
-        elif mask != "output":
+        else:
             other = kernels.bn_backward_finalize(sums, kwargs["shortcut_coefficients"], 1, count, not statistics)
             dy, ds = kernels.bn_backward_apply_pair(
-                grad, y, coefficients, backward, *kwargs.values(), other, relu, statistics, not statistics
+                grad, y, coefficients, backward, *kwargs.values(), other, relu, statistics, not statistics, z
             )
             assert_near(dy, expected_dy, dtype)
             s = kwargs["shortcut"].double()
@@ -269,7 +276,10 @@ def test_special_values(kernels, dtype, layout):
     z = kernels.bn_apply(y, coefficients, relu=True)
     assert z[0, 0, 0, 0].isnan() and z[0, 1, 1, 1].isinf() and z[0, 2, 2, 2] == 0
     grad = torch.ones_like(y)
-    masked, _ = kernels.bn_backward_reduce(grad, y, coefficients, relu=True, write_grad=True)
+    masked, _, activation = kernels.bn_backward_reduce(
+        grad, y, coefficients, relu=True, write_grad=True, write_activation=True
+    )
+    assert torch.equal(activation.nan_to_num(7), z.nan_to_num(7))
     x = y.clone().requires_grad_()
     torch.relu(x).backward(grad)
     assert torch.equal(masked, x.grad)
@@ -356,7 +366,7 @@ def samples(grad_layout):
     y, grad, s = activations((2, 6, 5, 4), torch.float32, grad_layout, 3)
     coefficients, other = table(y), table(s)
     z = ops.bn_apply(y, coefficients, s, relu=True)
-    _, sums = ops.bn_backward_reduce(grad, y, coefficients, s, other)
+    _, sums, _ = ops.bn_backward_reduce(grad, y, coefficients, s, other)
     backward = ops.bn_backward_finalize(sums, coefficients, 0, 40, True)
     second = ops.bn_backward_finalize(sums, other, 1, 40, True)
     weight, bias, mean, var = torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6)
@@ -366,10 +376,12 @@ def samples(grad_layout):
         "bn_coefficients": (mean, var, weight, bias, 1e-5, torch.float32),
         "bn_apply": (y, coefficients, s, other, True),
         "bn_backward_reduce": (grad, y, coefficients, s, None, z, True, True),
+        "bn_backward_reduce, activation": (grad, y, coefficients, None, None, None, True, False, True),
         "bn_backward_finalize": (sums, coefficients, 0, 40, True),
         "bn_backward_apply": (grad, y, coefficients, backward, s, z, True, True),
         "bn_backward_apply_": (grad.clone(), y, coefficients, backward, s, None, True, True),
         "bn_backward_apply_pair": (grad, y, coefficients, backward, s, other, second, True, True, False),
+        "bn_backward_apply_pair, z": (grad, y, coefficients, backward, s, other, second, True, True, False, z),
         "relu_backward_add_": (grad.clone(), grad, y, coefficients, s, None),
     }
 
@@ -377,7 +389,8 @@ def samples(grad_layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", samples(torch.channels_last))
 def test_opcheck(name, layout):
-    torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, samples(layout)[name])
+    operator = getattr(torch.ops.resnet_fused, name.partition(",")[0])
+    torch.library.opcheck(operator.default, samples(layout)[name])
 
 
 def test_operators_have_no_silent_derivative():
@@ -438,6 +451,11 @@ TABLE = torch.ones(4, 3)
         (lambda: ops.bn_apply(Y, TABLE.to("meta")), ValueError, "coefficients: expected the device of y, cpu"),
         (lambda: ops.bn_apply(Y.to("meta"), TABLE), ValueError, "coefficients: expected the device of y, meta"),
         (lambda: ops.bn_backward_reduce(Y[:1], Y, TABLE), ValueError, "grad: expected the shape of y"),
+        (
+            lambda: ops.bn_backward_reduce(Y, Y, TABLE, Y, write_activation=True),
+            ValueError,
+            "write_activation: expected no shortcut",
+        ),
         (
             lambda: ops.bn_backward_finalize(torch.ones(1, 2, 3), TABLE, 1, 4, True),
             ValueError,

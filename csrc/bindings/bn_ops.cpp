@@ -156,10 +156,11 @@ Tensor bn_apply(const Tensor& y, const Tensor& coefficients, const OptionalTenso
   return z;
 }
 
-std::tuple<Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const Tensor& y, const Tensor& coefficients,
-                                              const OptionalTensor& shortcut,
-                                              const OptionalTensor& shortcut_coefficients, const OptionalTensor& z,
-                                              bool relu, bool write_grad) {
+std::tuple<Tensor, Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const Tensor& y, const Tensor& coefficients,
+                                                      const OptionalTensor& shortcut,
+                                                      const OptionalTensor& shortcut_coefficients,
+                                                      const OptionalTensor& z, bool relu, bool write_grad,
+                                                      bool write_activation) {
   check_activation(y, "y");
   check_like(grad, "grad", y, "y");
   const DType dtype = dtype_of(y, "y");
@@ -176,13 +177,16 @@ std::tuple<Tensor, Tensor> bn_backward_reduce(const Tensor& grad, const Tensor& 
   p.coefficients = coefficients.const_data_ptr();
   p.shortcut = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
   p.mask = relu_mask(relu, z, y, dense, z_storage);
+  TORCH_CHECK_VALUE(!write_activation || !p.shortcut.data, "write_activation: expected no shortcut");
   Tensor masked = write_grad ? empty_like(dense) : at::empty({0}, y.options());
+  Tensor activation = write_activation ? empty_like(dense) : at::empty({0}, y.options());
   Tensor sums = at::empty({reduction_tiles(dense), p.shortcut.coefficients ? 3 : 2, y.size(1)}, acc_options(y, acc));
-  if (y.numel() == 0) return {masked, sums.zero_()};
+  if (y.numel() == 0) return {masked, sums.zero_(), activation};
   p.masked_grad = write_grad ? masked.data_ptr() : nullptr;
+  p.activation = write_activation ? activation.data_ptr() : nullptr;
   p.sums = sums.data_ptr();
   on_device_of(y)->backward_reduce(p);
-  return {masked, sums};
+  return {masked, sums, activation};
 }
 
 Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int64_t branch, int64_t count,
@@ -257,7 +261,8 @@ std::tuple<Tensor, Tensor> bn_backward_apply_pair(const Tensor& grad, const Tens
                                                   const Tensor& backward_coefficients, const Tensor& shortcut,
                                                   const Tensor& shortcut_coefficients,
                                                   const Tensor& shortcut_backward_coefficients, bool relu,
-                                                  bool batch_statistics, bool shortcut_batch_statistics) {
+                                                  bool batch_statistics, bool shortcut_batch_statistics,
+                                                  const OptionalTensor& z) {
   check_activation(y, "y");
   check_like(grad, "grad", y, "y");
   const DType dtype = dtype_of(y, "y");
@@ -267,7 +272,7 @@ std::tuple<Tensor, Tensor> bn_backward_apply_pair(const Tensor& grad, const Tens
   check_table(shortcut_backward_coefficients, "shortcut_backward_coefficients", kBackwardRows, y.size(1), acc, y);
   const Dense dense(y);
   const Tensor dense_grad = dense.conform(grad);
-  Tensor shortcut_storage;
+  Tensor shortcut_storage, z_storage;
   BackwardApplyParams p{};
   p.extent = dense.extent();
   p.dtype = dtype;
@@ -277,7 +282,7 @@ std::tuple<Tensor, Tensor> bn_backward_apply_pair(const Tensor& grad, const Tens
   p.backward_coefficients = backward_coefficients.const_data_ptr();
   p.batch_statistics = batch_statistics;
   p.shortcut = shortcut_input(shortcut, shortcut_coefficients, y, dense, shortcut_storage);
-  p.mask = ReluMask{relu, nullptr};
+  p.mask = relu_mask(relu, z, y, dense, z_storage);
   Tensor grad_y = empty_like(dense);
   Tensor grad_shortcut = empty_like(dense);
   p.grad_y = grad_y.data_ptr();

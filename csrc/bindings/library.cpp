@@ -21,7 +21,8 @@ TORCH_LIBRARY(resnet_fused, m) {
       "-> Tensor");
   m.def(
       "bn_backward_reduce(Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
-      "Tensor? shortcut_coefficients, Tensor? z, bool relu, bool write_grad) -> (Tensor, Tensor)");
+      "Tensor? shortcut_coefficients, Tensor? z, bool relu, bool write_grad, bool write_activation=False) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "bn_backward_finalize(Tensor sums, Tensor coefficients, int branch, int count, bool batch_statistics) "
       "-> Tensor");
@@ -34,7 +35,7 @@ TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "bn_backward_apply_pair(Tensor grad, Tensor y, Tensor coefficients, Tensor backward_coefficients, "
       "Tensor shortcut, Tensor shortcut_coefficients, Tensor shortcut_backward_coefficients, bool relu, "
-      "bool batch_statistics, bool shortcut_batch_statistics) -> (Tensor, Tensor)");
+      "bool batch_statistics, bool shortcut_batch_statistics, Tensor? z=None) -> (Tensor, Tensor)");
   m.def(
       "relu_backward_add_(Tensor(a!) out, Tensor grad, Tensor y, Tensor coefficients, Tensor? shortcut, "
       "Tensor? z) -> ()");

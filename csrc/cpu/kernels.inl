@@ -143,17 +143,21 @@ inline void dispatch_bool(bool value, Call call) {
 
 // ---- element-wise kernels --------------------------------------------------------------------------------------
 
+template <class T, bool kRelu, Shortcut kShortcut, bool kPerChannel>
+inline void write_join(const Join<T, kShortcut, kPerChannel>& join, typename T::Value* z, int64_t length) {
+  using Acc = typename T::Acc;
+#pragma omp simd
+  for (int64_t i = 0; i < length; ++i) {
+    const Acc v = join[i];
+    z[i] = T::store(kRelu && v < Acc(0) ? Acc(0) : v);  // a NaN passes, as in eager
+  }
+}
+
 template <class T, Shortcut kShortcut, bool kRelu>
 void apply_slices(const ApplyParams& p, int64_t begin, int64_t end) {
-  using Acc = typename T::Acc;
   for_each_slice(p.extent, begin, end, [&](auto per_channel, int64_t offset, int64_t length, int64_t channel) {
     const Join<T, kShortcut, per_channel.value> join(p.y, p.coefficients, p.shortcut, p.extent, offset, channel);
-    auto* z = static_cast<typename T::Value*>(p.z) + offset;
-#pragma omp simd
-    for (int64_t i = 0; i < length; ++i) {
-      const Acc v = join[i];
-      z[i] = T::store(kRelu && v < Acc(0) ? Acc(0) : v);  // a NaN passes, as in eager
-    }
+    write_join<T, kRelu>(join, static_cast<typename T::Value*>(p.z) + offset, length);
   });
 }
 
@@ -370,6 +374,13 @@ void statistics(const StatisticsParams& p, void* partials, int64_t tile, int64_t
   });
 }
 
+// What the ReLU passed on, of values that the sums read next, from the cache.
+template <class T, bool kPerChannel>
+inline void write_activation(const BackwardReduceParams& p, int64_t offset, int64_t length, int64_t channel) {
+  const Join<T, Shortcut::kNone, kPerChannel> join(p.y, p.coefficients, {}, p.extent, offset, channel);
+  write_join<T, true>(join, static_cast<typename T::Value*>(p.activation) + offset, length);
+}
+
 // Sums over the gradient g behind the ReLU: g, g*(y - mean) and, for a second batch norm, g*(shortcut - its mean).
 // Centred sums do not cancel when the mean is large against the standard deviation.
 template <class T, Mask kMask, bool kPair>
@@ -396,6 +407,7 @@ void backward_reduce_rows(const BackwardReduceParams& p, void* partials, int64_t
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) out[i] = T::store(grad[i]);
       }
+      if (p.activation) write_activation<T, true>(p, offset, width, first);
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i) {
         const Acc g = grad[i];
@@ -437,6 +449,7 @@ void backward_reduce_planes(const BackwardReduceParams& p, void* partials, int64
 #pragma omp simd
         for (int64_t i = 0; i < length; ++i) out[i] = T::store(grad[i]);
       }
+      if (p.activation) write_activation<T, false>(p, offset, length, channel);
       Acc sum0 = 0, sum1 = 0, sum2 = 0;
 #pragma omp simd reduction(+ : sum0, sum1, sum2)
       for (int64_t i = 0; i < length; ++i) {

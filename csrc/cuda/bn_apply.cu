@@ -36,7 +36,7 @@ struct Apply {
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) {
       const Acc z = join<kShortcut>(coefficient, e, T::load(raw[0][e]), T::load(raw[kInputs - 1][e]));
-      result[0][e] = T::store(relu && z < Acc(0) ? Acc(0) : z);  // a NaN passes, as in eager
+      result[0][e] = T::store(relu ? relu_of(z) : z);
     }
   }
 };

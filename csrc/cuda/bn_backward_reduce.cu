@@ -3,8 +3,8 @@
 //
 // The sums of one or two batch norms' backward over every tile of the gradient behind the ReLU: g, g*(y - mean) and,
 // for a second batch norm, g*(shortcut - its mean). Centred sums do not cancel when the mean is large against the
-// standard deviation. Reads each operand once; writes two or three sums per tile and channel, and the masked gradient
-// if it is wanted.
+// standard deviation. Reads each operand once; writes two or three sums per tile and channel, and where they are wanted
+// the masked gradient and, without a shortcut, the activation relu(scale*y + shift).
 #include "elementwise.cuh"
 #include "join.cuh"
 #include "kernels.h"
@@ -12,7 +12,8 @@
 namespace resnet_fused::cuda {
 namespace {
 
-// An element-wise Op whose results are summed; its one output, the masked gradient, is written if wanted.
+// An element-wise Op whose results are summed; its outputs, the masked gradient and the activation, are written if
+// wanted.
 template <class T, Shortcut kShortcut>
 struct BackwardReduce {
   using Storage = T;
@@ -21,11 +22,12 @@ struct BackwardReduce {
   static constexpr bool kPair = kShortcut == Shortcut::kAffine;
   static constexpr int kJoin = kJoinCoefficients<kShortcut>;
   static constexpr int kInputs = kBackwardInputs<kShortcut>;
+  static constexpr int kOutputs = kShortcut == Shortcut::kNone ? 2 : 1;
   static constexpr int kSums = kPair ? 3 : 2;
   static constexpr int kCoefficients = kJoin + kSums - 1;
 
   const Value* inputs[kInputs];
-  Value* outputs[1];
+  Value* outputs[kOutputs];
   const Acc* coefficients[kCoefficients];
   Acc* sums;
   bool relu, from_output;
@@ -37,6 +39,7 @@ struct BackwardReduce {
       if (!relu || from_output) inputs[kShortcutInput] = nullptr;
     }
     outputs[0] = static_cast<Value*>(p.masked_grad);
+    if constexpr (kOutputs == 2) outputs[1] = static_cast<Value*>(p.activation);
     fill_join_coefficients<kShortcut>(coefficients, p.extent.channels, p.coefficients, p.shortcut);
     coefficients[kJoin] = static_cast<const Acc*>(p.coefficients) + kMean * p.extent.channels;
     if constexpr (kPair) {
@@ -60,6 +63,16 @@ struct BackwardReduce {
       }
     }
   }
+
+  template <int kWidth, class Coefficient>
+  __device__ Vector<Value, kWidth> activation(const Vector<Value, kWidth>& y, Coefficient coefficient) const {
+    Vector<Value, kWidth> result;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      result[e] = T::store(relu_of(join<Shortcut::kNone>(coefficient, e, T::load(y[e]), Acc(0))));
+    }
+    return result;
+  }
 };
 
 template <class Op, int kWidth, class Coefficient, class Total>
@@ -68,6 +81,9 @@ __device__ void add_vector(const Op& op, int64_t offset, const Vector<typename O
   Vector<typename Op::Value, kWidth> masked;
   op.add(raw, coefficient, total, masked);
   if (op.outputs[0]) store_vector(op.outputs[0] + offset, masked);
+  if constexpr (Op::kOutputs == 2) {
+    if (op.outputs[1]) store_vector(op.outputs[1] + offset, op.activation(raw[kY], coefficient));
+  }
 }
 
 // channels_last. Block (x, y): x vectors of channels, y rows at a time; grid: channels, tiles.

@@ -24,6 +24,11 @@ __device__ Acc join(Coefficient coefficient, int e, Acc y, Acc shortcut) {
   return v;
 }
 
+template <class Acc>
+__device__ Acc relu_of(Acc v) {
+  return v < Acc(0) ? Acc(0) : v;  // a NaN passes, as in eager
+}
+
 template <Shortcut kShortcut, class Acc>
 void fill_join_coefficients(const Acc** c, int64_t channels, const void* coefficients, const ShortcutInput& shortcut) {
   const auto* own = static_cast<const Acc*>(coefficients);

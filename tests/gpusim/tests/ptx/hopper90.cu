@@ -63,6 +63,46 @@ extern "C" __global__ void tma_store2d(const __grid_constant__ Map map, int x, i
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 }
+// A map is changed in shared memory, published, used, then changed in place.
+extern "C" __global__ void tma_replace(const __grid_constant__ Map map, Map* global, const void* first, const void* second, int w, int h, uint64_t pitch, int bytes, uint8_t* out) {
+  extern __shared__ __align__(1024) uint8_t s[];
+  __shared__ __align__(128) Map m;
+  __shared__ __align__(8) uint64_t bar;
+  if (threadIdx.x < 32) ((uint32_t*)&m)[threadIdx.x] = ((const uint32_t*)&map)[threadIdx.x];
+  if (threadIdx.x == 0) mbar_init(sa(&bar), 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" :: "l"((uint64_t)sa(&m)), "l"(first) : "memory");
+    asm volatile("tensormap.replace.tile.rank.shared::cta.b1024.b32 [%0], %1;" :: "l"((uint64_t)sa(&m)), "r"(1) : "memory");
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 0, %1;" :: "l"((uint64_t)sa(&m)), "r"(w) : "memory");
+    asm volatile("tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "l"((uint64_t)sa(&m)), "r"(h) : "memory");
+    asm volatile("tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%0], 0, %1;" :: "l"((uint64_t)sa(&m)), "l"(pitch) : "memory");
+    asm volatile("tensormap.replace.tile.box_dim.shared::cta.b1024.b32 [%0], 1, %1;" :: "l"((uint64_t)sa(&m)), "r"(4) : "memory");
+    asm volatile("tensormap.replace.tile.element_stride.shared::cta.b1024.b32 [%0], 1, %1;" :: "l"((uint64_t)sa(&m)), "r"(1) : "memory");
+    asm volatile("tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%0], 1;" :: "l"((uint64_t)sa(&m)) : "memory");
+    asm volatile("tensormap.replace.tile.swizzle_mode.shared::cta.b1024.b32 [%0], 0;" :: "l"((uint64_t)sa(&m)) : "memory");
+    asm volatile("tensormap.replace.tile.fill_mode.shared::cta.b1024.b32 [%0], 0;" :: "l"((uint64_t)sa(&m)) : "memory");
+  }
+  __syncwarp();
+  if (threadIdx.x < 32)
+    asm volatile("tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" :: "l"(global), "r"(sa(&m)) : "memory");
+  for (int round = 0; round < 2; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (round) {
+        asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" :: "l"(global), "l"(second) : "memory");
+        asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
+      }
+      asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"(global) : "memory");
+      mbar_expect(sa(&bar), bytes);
+      asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        :: "r"(sa(s)), "l"(global), "r"(0), "r"(0), "r"(sa(&bar)) : "memory");
+    }
+    __syncthreads();
+    mbar_wait(sa(&bar), round);
+    for (int i = threadIdx.x; i < bytes; i += blockDim.x) out[round * bytes + i] = s[i];
+  }
+}
 // Every lane of the first warp issues the store; lanes below `split` to x, the others to x + 32.
 extern "C" __global__ void tma_store_by_warp(const __grid_constant__ Map map, int x, int split, int n, const float* in, int reduce) {
   extern __shared__ __align__(1024) uint8_t s[];
@@ -165,6 +205,28 @@ __device__ void wg_bf16(float (&d)[32], uint64_t da, uint64_t db, int scale) {
   for (int i = threadIdx.x; i < bytes; i += 128) s[i] = image[i]; \
   asm volatile("fence.proxy.async.shared::cta;"); __syncthreads(); \
   uint64_t off = (uint64_t)(sa(s) >> 4); da += off; db += off;
+// A lane waits for the fifth warp between two products.
+extern "C" __global__ void wgmma_after_spin(const uint8_t* image, int bytes, uint64_t da, uint64_t db, int delay, float* out) {
+  __shared__ __align__(8) uint64_t bar;
+  if (threadIdx.x == 0) mbar_init(sa(&bar), 1);
+  LOAD_IMAGE
+  if (threadIdx.x >= 128) {
+    for (int i = 0; i < delay; ++i) asm volatile("");
+    if (threadIdx.x == 128) mbar_arrive(sa(&bar));
+    return;
+  }
+  float d[32];
+  for (int i = 0; i < 32; ++i) d[i] = i;
+#pragma unroll 1
+  for (int t = 0; t < 2; ++t) {
+    wg_fence();
+    wg_f16<0, 0>(d, da, db, 1);
+    wg_commit();
+    wg_wait<0>();
+    if (t == 0 && threadIdx.x == 7) mbar_wait(sa(&bar), 0);
+  }
+  for (int i = 0; i < 32; ++i) out[i * 128 + threadIdx.x] = d[i];
+}
 // da, db: descriptors relative to the start of the image. kind: 0 both K-major, 1 A transposed, 2 B transposed, 3 both
 extern "C" __global__ void wgmma_f16(const uint8_t* image, int bytes, uint64_t da, uint64_t db, int kind, float* out, int wait) {
   LOAD_IMAGE

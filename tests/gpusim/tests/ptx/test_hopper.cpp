@@ -128,6 +128,30 @@ TEST(tma_store_and_reduce) {
       }
   }
 }
+TEST(tensor_map_replace) {
+  const int W = 40, H = 3, bw = 32, bh = 4, bytes = bw * bh * 2;
+  Buf<uint16_t> a(64 * H), b(64 * H);
+  for (int i = 0; i < 64 * H; ++i) { a[i] = uint16_t(i + 1); b[i] = uint16_t(3 * i + 2); }
+  TensorMap t = map2d(a.p + 8, 4, TensorMap::kFloat32, 17, 5, 1024, bw, 8, 3);
+  t.oob_fill = 1;
+  t.element_strides[1] = 2;
+  t.rank = 3;
+  Buf<Map> global(4);
+  Map* g = reinterpret_cast<Map*>((reinterpret_cast<uintptr_t>(global.p) + 127) / 128 * 128);
+  Buf<uint8_t> out(2 * bytes);
+  for (int checks = 0; checks < 2; ++checks) {
+    Run r("hopper90");
+    r.dyn = bytes + 1024;
+    r.opt.check_races = r.opt.check_uninitialized = checks;
+    r("tma_replace", {1}, {64}, pack(t), g, a.p, b.p, W, H, uint64_t(128), bytes, out.p);
+    for (int round = 0; round < 2; ++round)
+      for (int y = 0; y < bh; ++y)
+        for (int x = 0; x < bw; ++x) {
+          const uint8_t* p = &out[round * bytes + (y * bw + x) * 2];
+          CHECK((p[0] | p[1] << 8) == (y < H ? (round ? b : a)[y * 64 + x] : 0));
+        }
+  }
+}
 TEST(tma_store_by_warp) {
   // The machine issues equal stores of a warp's lanes once, but each lane's reduction.
   const int W = 64, H = 8, bw = 16, n = bw * H;
@@ -283,6 +307,29 @@ TEST(wgmma_f16_layouts) {
       r("wgmma_f16", {1}, {128}, img.p, 32768, da, db, kind, out.p, 0);  // no wait: old accumulators
       CHECK(out[5 * 128] == 5.f);
     }
+}
+TEST(wgmma_after_spin) {
+  std::mt19937 g(9);
+  std::uniform_real_distribution<double> u(-1, 1);
+  std::vector<uint16_t> A(64 * 16), B(64 * 16);
+  for (auto& x : A) x = to_half(u(g));
+  for (auto& x : B) x = to_half(u(g));
+  std::vector<uint8_t> image(16384);
+  for (int r = 0; r < 64; ++r)
+    for (int k = 0; k < 16; ++k) {
+      memcpy(&image[k_major(3, 64, r, k * 2)], &A[r * 16 + k], 2);
+      memcpy(&image[8192 + k_major(3, 64, r, k * 2)], &B[r * 16 + k], 2);
+    }
+  Buf<uint8_t> img(image);
+  Buf<float> out(32 * 128);
+  Run r("hopper90");
+  r.dyn = 16384;
+  r("wgmma_after_spin", {1}, {160}, img.p, 16384, desc(0, 16, 1024, 1), desc(8192, 16, 1024, 1), 200000, out.p);
+  compare_d(out, 64, [&](int row, int col, int i) {
+    double s = i;
+    for (int k = 0; k < 16; ++k) s += 2 * half_value(A[row * 16 + k]) * half_value(B[col * 16 + k]);
+    return s;
+  }, "after a spin");
 }
 TEST(wgmma_a_in_registers) {
   std::mt19937 g(5);

@@ -116,3 +116,27 @@ TEST(spin_between_warps) {
   Run("warp")("spin_between_warps", {1}, {256}, o.p);
   for (int i = 0; i < 8; ++i) CHECK(o[i] == i * i);
 }
+TEST(lanes_meet_at_warp_wide_instructions) {
+  for (int shuffle = 0; shuffle < 2; ++shuffle) {
+    Buf<unsigned> in(32), out(32);
+    for (unsigned l = 0; l < 32; ++l) in[l] = l * 0x01230045u + 7;
+    Run("warp")("spin_between_rounds", {1}, {64}, 200000, shuffle, in.p, out.p);
+    std::vector<unsigned> v(in.p, in.p + 32), next(32);
+    for (int r = 0; r < 3; ++r) {
+      for (int l = 0; l < 32; ++l) {
+        // Element (row, column) of the 8x8 matrix: lane 4 * row + column / 2, half column % 2.
+        auto half = [&](int row, int col) { return v[4 * row + col / 2] >> (16 * (col & 1)) & 0xffff; };
+        next[l] = shuffle ? v[l] + v[l ^ 5] : half(l % 4 * 2, l / 4) | half(l % 4 * 2 + 1, l / 4) << 16;
+      }
+      for (int l = 0; l < 32; ++l) v[l] = next[l] + l;
+    }
+    for (int l = 0; l < 32; ++l) CHECK(out[l] == v[l]);
+  }
+}
+TEST(part_of_a_warp_at_a_warp_wide_instruction) {
+  Buf<unsigned> out(32);
+  Run r("warp");
+  r.opt.max_instructions = 300000;
+  EXPECT_FAULT("partial warp", r.fault("partial_movmatrix", {1}, {20}, out.p));
+  CHECK(!r.fault("partial_movmatrix", {1}, {32}, out.p).empty());
+}

@@ -118,3 +118,31 @@ extern "C" __global__ void exited_member(int* y) {
   __syncwarp();
   y[32 + threadIdx.x] = __ballot_sync(~0u, 1);
 }
+
+// One lane waits in a loop for another warp while the others go on to the next round's
+// warp-wide instruction: they have to wait there for it, though it comes from behind.
+extern "C" __global__ void spin_between_rounds(int delay, int shuffle, const unsigned* in, unsigned* out) {
+  __shared__ volatile int flag;
+  const int l = threadIdx.x & 31;
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  if (threadIdx.x >= 32) {
+    for (int i = 0; i < delay; ++i) asm volatile("");
+    flag = 1;
+    return;
+  }
+  unsigned v = in[l];
+#pragma unroll 1
+  for (int r = 0; r < 3; ++r) {
+    if (shuffle) v += __shfl_xor_sync(~0u, v, 5);
+    else asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    if (r == 1 && l == 5) while (!flag) {}
+    v += l;
+  }
+  out[l] = v;
+}
+extern "C" __global__ void partial_movmatrix(unsigned* out) {
+  unsigned v = threadIdx.x;
+  if (threadIdx.x < 20) asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+  out[threadIdx.x] = v;
+}

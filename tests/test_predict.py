@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The model of training on GPUs that aren't here: it runs without any, says what it is, and follows its inputs."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torchvision
+from torch import nn
+
+# Appended, so that the package is still imported from where it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks import predict  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+
+A100, H100, RTX4090 = predict.CARDS
+
+
+def test_everything_printed_is_called_predicted(capsys):
+    assert main(["--predict"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("PREDICTED, not measured") and "25%" in printed
+    for card in ("A100", "H100", "RTX 4090"):
+        for network in ("resnet18", "resnet50"):
+            for variant in predict.VARIANTS:
+                assert f"{network}, {card}, {variant}" in printed
+    for name in ("NORM", "OVERLAP", "LAUNCH", "DRAM_SHARE", "EAGER_NORM", "OUR_NORM", "TAIL"):
+        assert f"{name} " in printed, name
+    for *_, rate, source in predict.PUBLISHED:
+        assert str(rate) in printed and source in printed
+
+
+def test_predictions_stand_alone():
+    with pytest.raises(SystemExit):
+        main(["--predict", "--blocks"])
+
+
+def test_published_results_are_within_the_error():
+    for card in (A100, H100):
+        found = predict.predicted(card, "resnet50")
+        for name, variant, rate, _ in predict.PUBLISHED:
+            if name == card.name:
+                assert predict.BATCH / found[variant].total == pytest.approx(rate, rel=predict.ERROR), (name, variant)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_shapes_are_the_network_s(name):
+    model = getattr(torchvision.models, name)()
+    convolutions = [m for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for m in layer.modules()]
+    expected = sorted(
+        (m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]) for m in convolutions if isinstance(m, nn.Conv2d)
+    )
+    blocks = predict.network(name)
+    found = sorted((c.channels, c.filters, c.taps, c.stride) for b in blocks for c in b.units)
+    assert found == expected
+    assert blocks[-1].units[-1].output_side == 7
+
+
+@pytest.mark.parametrize("card", predict.CARDS, ids=lambda card: card.name)
+def test_the_best_mix_is_no_worse_than_either(card):
+    for name in ("resnet18", "resnet50"):
+        found = predict.predicted(card, name)
+        assert found["best mix"].total <= min(found["library"].total, found["native"].total)
+        assert found["library"].convolutions == pytest.approx(found["eager"].convolutions)
+
+
+def test_more_work_for_a_pipe_takes_longer(monkeypatch):
+    conv = predict.Convolution(256, 64, 1, 56, 1, False)
+    before = predict.native_seconds(A100, conv, "fprop")
+    slower = {
+        which: [replace(k, loop=replace(k.loop, instructions=4 * k.loop.instructions)) for k in kernels]
+        for which, kernels in predict.instances("sm_80")[1].items()
+    }
+    monkeypatch.setattr(predict, "instances", lambda arch: ("sm_80", slower))
+    assert predict.native_seconds(A100, conv, "fprop") > before
+    assert predict.native_seconds(replace(A100, dram=A100.dram / 2), conv, "fprop") > before
+
+
+def test_a_card_without_counts_is_served_by_older_ones():
+    served, kernels = predict.instances("sm_89")
+    assert served in ("sm_80", "sm_86", "sm_89") and all(kernels.values())
+    with pytest.raises(SystemExit, match="no kernels of sm_70"):
+        predict.instances("sm_70")
