@@ -72,6 +72,7 @@ def native_is_faster(
     pixels = x_shape[0] * height * width
     pointwise = weight_shape[2] == weight_shape[3] == 1
     if dtype == torch.float32:
-        winograd = tuple(weight_shape[2:]) == (3, 3) and tuple(stride) == tuple(dilation) == (1, 1) and max(padding) <= 2
+        by_one = tuple(stride) == tuple(dilation) == (1, 1)
+        winograd = tuple(weight_shape[2:]) == (3, 3) and by_one and max(padding) <= 2
         return pointwise or winograd or pixels <= FEWEST_PIXELS
     return pixels <= FEW_PIXELS or (pointwise and use is Use.INFERENCE)

@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_not_hidden(x, where, value, layout, dtype):
             unit.bn.running_mean[1] = value
         else:
             {"weight": unit.conv.weight, "shortcut": shortcut, "input": x}[where][1, 2, 1, 1] = value
-        # Whether sums of +inf and -inf become NaN or stay the first hangs on their order: there the library's, as eager.
+        # Whether sums of +inf and -inf become NaN hangs on their order: there the library's, as in eager.
         with rf.engine("library" if where == "overflow" else "auto"):
             z = unit(x, shortcut)
         expected = torch.relu(unit.bn(unit.conv(x)) + shortcut)
