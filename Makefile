@@ -9,6 +9,8 @@ VENV ?= .venv
 BENCH_ARGS ?=
 REPORT_ARGS ?=
 TEST_ARGS ?=
+# Processes that `make test` runs the tests in: most of them are Python.
+TEST_JOBS ?= 2
 # The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for,
 # and how many GPUs there are.
 SIM_DEVICES ?= t4 a100 h100
@@ -26,7 +28,7 @@ export PIP_NO_COMPILE ?= 1
 CLANG_FORMAT := 23.1.5
 TORCH := torch>=2.11,<2.16
 # scikit-learn ships the photographs and digits that examples and benchmarks run on.
-PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pybind11 matplotlib scikit-learn
+PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pytest-xdist pybind11 matplotlib scikit-learn
 # Other software that benchmarks can race against.
 PEERS := onnx onnxscript onnxruntime openvino
 # Tests that want these are skipped, and say so, where they cannot be had.
@@ -75,7 +77,7 @@ bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and
 	$(PY) -m benchmarks --networks resnet50 --peers $(BENCH_ARGS)
 
 test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those of the CUDA kernels on a simulated one
-	$(PY) -m pytest tests -m '$(QUICK)' $(TEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests -m '$(QUICK)' -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
 	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_ARCHS=8.0+PTX SIM_TESTS='cuda and $(QUICK)' ;; \

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,14 @@ def test_makefile_installs_the_torch_that_setup_wants():
     (low, high) = build.TORCH_MIN, build.TORCH_END
     expected = f"TORCH := torch>={low[0]}.{low[1]},<{high[0]}.{high[1]}\n"
     assert expected in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the repository")
+def test_sdist_holds_everything(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert set(tracked) - packed <= {".gitignore"}
