@@ -89,14 +89,14 @@ class TapPixels {
     step_w_ = kTileK<T> % grid.width;
     step_h_ = kTileK<T> / grid.width % grid.height;
     step_n_ = kTileK<T> / grid.width / grid.height;
-    // One before the first is the last of a row that isn't there.
+    // One before the first is the last of an image that isn't there, whose pixels count below zero.
     const int nu = pixel < 0 ? -1 : pixel / grid.width;
     v_ = pixel - nu * grid.width;
-    n_ = pixel < 0 ? 0 : nu / grid.height;
+    n_ = pixel < 0 ? -1 : nu / grid.height;
     u_ = nu - n_ * grid.height;
   }
 
-  // Which pixel the lane's row of the stage is, -1 for padding; then goes on to the next stage.
+  // Which pixel the lane's row of the stage is, below zero for padding; then goes on to the next stage.
   __device__ int next() {
     const int h = u_ * gh_.multiply + gh_.add, w = v_ * gw_.multiply + gw_.add;
     const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
