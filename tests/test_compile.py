@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import resnet_fused as rf
-from resnet_fused import compiled, inference, opaque, ops
+from resnet_fused import block, compiled, inference, opaque, ops
 from resnet_fused.functional import Conv, Norm, Unit
 from resnet_fused.units import Join
 
@@ -198,13 +198,14 @@ def tensors(join):
 def test_opcheck(join):
     x, units, shortcut = tensors(join)
     own, description = opaque.tensors_of(units), (*opaque.describe(units), "native", join.value, True)
-    forward = (x, shortcut, own, False, False, *description)
+    reads = block.reads_joined(units, join, True)
+    forward = (x, shortcut, own, False, False, reads, *description)
     torch.library.opcheck(compiled._block_forward, forward)
     z, *found = compiled._block_forward(*forward)
     needs = [True, join is Join.TENSOR, *(t is not None for t in opaque.learnt(own))]
     mask = z if join is Join.TENSOR else None
     saved = x, mask, found[:2], found[2:4], opaque.learnt(own), needs
-    torch.library.opcheck(compiled._block_backward, (torch.randn_like(z), *saved, False, False, *description))
+    torch.library.opcheck(compiled._block_backward, (torch.randn_like(z), *saved, False, False, reads, *description))
     frozen = [Unit(u.conv, Norm(*torch.rand(4, 8), batch_statistics=False)) for u in units]
     description = *opaque.describe(frozen), "auto", join.value, True
     torch.library.opcheck(inference._block_inference, (x, shortcut, opaque.tensors_of(frozen), *description))
