@@ -22,7 +22,7 @@ A100, H100, RTX4090 = predict.CARDS
 def test_everything_printed_is_called_predicted(capsys):
     assert main(["--predict"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("PREDICTED, not measured") and "25%" in printed
+    assert printed.startswith("PREDICTED, not measured") and f"{predict.ERROR:.0%}" in printed
     for card in ("A100", "H100", "RTX 4090"):
         for network in ("resnet18", "resnet50"):
             for variant in predict.VARIANTS:
