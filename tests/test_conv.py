@@ -90,6 +90,7 @@ CPU_GEOMETRIES = {
     "stride_3_of_two_taps": (1, 8, 11, 12, 8, 2, 3, 0, 2),
     "5x5_dilated": (1, 16, 12, 12, 16, 5, 1, 2, 2),
     "no_tap_meets": (1, 8, 1, 1, 8, 1, 2, 1, 1),
+    "1x1_whose_planes_are_of_one_size": (1, 16, 3, 3, 128, 1, 2, 1, 1),
     "1x1_stride_wide": (1, 64, 5, 4, 64, 1, 2, 0, 1),
     "winograd": (2, 64, 28, 28, 80, 3, 1, 1, 1),
     "winograd_odd": (3, 40, 21, 19, 24, 3, 1, 1, 1),

@@ -54,7 +54,7 @@ class Transposed {
     const ConvKernels& kernels = conv_kernels();
     out += (panel * depth_ + tap * shape_.c) * kPanel;
     const int64_t first = panel * kPanel, count = pixels_of(panel);
-    if (pixels_of_source_are_pixels()) {
+    if (pointwise()) {
       kernels.load_transposed(source_, {first, 1, count}, 0, shape_.c, out, kPanel);
       return;
     }
@@ -73,8 +73,10 @@ class Transposed {
     kernels.load_transposed(copy, {0, 1, count}, 0, shape_.c, out, kPanel);
   }
 
-  bool pixels_of_source_are_pixels() const {
-    return shape_.r == 1 && shape_.s == 1 && shape_.h == shape_.p && shape_.w == shape_.q;
+  // Whether target pixels read their own source pixels.
+  bool pointwise() const {
+    const bool unit_filter = shape_.r == 1 && shape_.s == 1, unit_steps = shape_.stride_h == 1 && shape_.stride_w == 1;
+    return unit_filter && unit_steps && shape_.pad_h == 0 && shape_.pad_w == 0;
   }
 
   // 64 output channels of a panel of pixels.
