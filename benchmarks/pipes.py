@@ -26,6 +26,7 @@ WARPS_OF_A_GROUP = 4
 SUB_CORES = 4
 SHARED_BYTES = 128  # per cycle
 ALU_CYCLES = 2
+ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 # 16-bit multiply-adds with float32 sums per cycle and multiprocessor: by mma.sync, by wgmma. sm_86, 89 and 120 are the
 # GeForce cards'; of 10.0 nothing is known.
@@ -69,7 +70,7 @@ class Instruction(NamedTuple):
     @property
     def bits(self) -> int:
         """Of a thread's access to memory; 32 are not written."""
-        return next((int(m) for m in self.modifiers if m in ("64", "128")), 32)
+        return next((ACCESS_BITS[m] for m in self.modifiers if m in ACCESS_BITS), 32)
 
     @property
     def matrices(self) -> int:

@@ -223,6 +223,21 @@ def test_convolutions_use_tensor_cores_and_wide_accesses(arch, name, instruction
 
 
 @needs_names
+def test_what_lies_between_two_files_belongs_to_no_kernel():
+    """The lines between an architecture and its first kernel, of a library of two files with the same architectures."""
+    archs = ("sm_80", "sm_90a")
+    files = [(arch, name) for name in ("fprop_kernel", "dgrad_kernel") for arch in archs]
+    resources = "".join(
+        f"arch = {arch}\n Function {name}:\n  REG:126 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:560\n"
+        for arch, name in files
+    )
+    sass = "".join(f"arch = {arch}\n\tcode for {arch}\n\t\tFunction : {name}\n{CONVOLUTION}" for arch, name in files)
+    kernels = parse(resources.splitlines(), [], sass.splitlines())
+    assert len(kernels) == 4
+    assert all(kernel.tensor_cores == 2 and kernel.loop for kernel in kernels)
+
+
+@needs_names
 def test_convolutions_without_a_body():
     """Expected where the architecture lacks the instructions, and wrong where it has them."""
     assert not convolution("sm_75", "fprop_kernel", "").violations

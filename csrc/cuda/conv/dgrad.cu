@@ -6,9 +6,9 @@
 // in vain; all sub-problems run in one launch. The epilogue adds a second gradient, stops dx at the previous ReLU and
 // sums it for the previous batch norm.
 //
-// Reads what forms dy (one or two tensors) once per tap and tile of columns (memory sees it once, the rest is for the
-// caches), the weights once per tile of rows, the addend and the mask's tensor once; writes dx once, and two floats per
-// tile and channel.
+// Reads what forms dy (one or two tensors) once per tap and tile of columns, where the nine taps share a halo once, and
+// that too, per tile of columns (memory sees it once, the rest is for the caches), the weights once per tile of rows,
+// the addend and the mask's tensor once; writes dx once, and two floats per tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
 #include "halo.cuh"

@@ -153,7 +153,8 @@ class ColumnSums {
     for (int lanes = 16; lanes >= 4; lanes /= 2) {
       const int kept = kColumns * lanes / 32;
       const bool upper = lane & lanes;
-#pragma unroll
+      // Unrolled by a number: `kept` is none to the compiler yet, which would index the sums in local memory.
+#pragma unroll kColumns / 2
       for (int c = 0; c < kept; ++c) {
         const float sent = upper ? sums[c] : sums[c + kept], own = upper ? sums[c + kept] : sums[c];
         sums[c] = own + __shfl_xor_sync(kWholeWarp, sent, lanes);

@@ -5,8 +5,9 @@
 // reduction runs over taps and input channels. In training the epilogue leaves y's statistics per tile; in inference
 // it applies the batch norm, the shortcut and the ReLU.
 //
-// Reads x once per tap and tile of columns (memory sees it once, the rest is for the caches), the weights once per tile
-// of rows, the shortcut once; writes y once, and three floats per tile and channel.
+// Reads x once per tap and tile of columns, where the nine taps share a halo once, and that too, per tile of columns
+// (memory sees it once, the rest is for the caches), the weights once per tile of rows, the shortcut once; writes y
+// once, and three floats per tile and channel.
 #include "../kernels.h"
 #include "epilogue.cuh"
 #include "halo.cuh"

@@ -54,8 +54,7 @@ class HaloPixels {
       inside_[i] = 0;
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const bool inside = static_cast<unsigned>(h + tap / 3 * gh.step) < static_cast<unsigned>(gh.size) &&
-                            static_cast<unsigned>(w + tap % 3 * gw.step) < static_cast<unsigned>(gw.size);
+        const bool inside = gh.inside(h + tap / 3 * gh.step) && gw.inside(w + tap % 3 * gw.step);
         if (inside && row < pixels_) inside_[i] |= 1u << tap;
       }
     }
@@ -120,6 +119,7 @@ class HaloPixels {
   static constexpr int kTaps = 9, kFirst = kStages - 1;  // the first tap that copies and transforms
   static constexpr int kZeroBytes = 128;                 // of all banks
   static constexpr int kMostChunks = rows(kMostHaloPixels) / Dealt::kRowStep;
+  static_assert(rows(kMostHaloPixels) % Dealt::kRowStep == 0);
   static constexpr int kAtATime = (kMostChunks + kTaps - kFirst - 1) / (kTaps - kFirst);
 
   // Of an even or odd slice.

@@ -99,9 +99,7 @@ class TapPixels {
   // Which pixel the lane's row of the stage is, below zero for padding; then goes on to the next stage.
   __device__ int next() {
     const int h = u_ * gh_.multiply + gh_.add, w = v_ * gw_.multiply + gw_.add;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
-                        static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-    const int pixel = inside && left_ > 0 ? (n_ * gh_.size + h) * gw_.size + w : -1;
+    const int pixel = gh_.inside(h) && gw_.inside(w) && left_ > 0 ? (n_ * gh_.size + h) * gw_.size + w : -1;
     left_ -= kTileK<T>;
     v_ += step_w_;
     u_ += step_h_;
@@ -134,13 +132,7 @@ class TapColumns : public StagedColumns<MnMajorTile<T, Tile::kN>, Tile> {
                         const PixelGrid& grid, int begin, int end, int channels, int first_channel)
       : copies_(tensor, nullptr), pixels_(gh, gw, grid, begin, end), channels_(channels) {
     channel_ = first_channel + Copies::Dealt::column() * kChunkValues<T>;
-#pragma unroll
-    for (int t = 0; t < Prologue::kTables; ++t) {
-#pragma unroll
-      for (int i = 0; i < kChunkValues<T>; ++i) {
-        coefficients_.row[t][i] = coefficient<Prologue>(table, t, channel_ + i, channels);
-      }
-    }
+    read_coefficients(coefficients_, table, channel_, channels);
   }
 
   __device__ void issue(unsigned char* stage) {
@@ -212,13 +204,7 @@ class RowOfTaps {
     }
 #pragma unroll
     for (int step = 0; step < kStageSteps; ++step) w_[step] = (begin + row + step * 16) % grid.width;
-#pragma unroll
-    for (int t = 0; t < Prologue::kTables; ++t) {
-#pragma unroll
-      for (int i = 0; i < kChunkValues<T>; ++i) {
-        coefficients_.row[t][i] = coefficient<Prologue>(table, t, channel_ + i, channels);
-      }
-    }
+    read_coefficients(coefficients_, table, channel_, channels);
   }
 
   __device__ void issue(unsigned char* stage) {

@@ -69,6 +69,16 @@ __device__ float coefficient(const void* table, int t, int channel, int channels
   return channel < channels ? static_cast<const float*>(table)[(Prologue::kFirstRow + t) * channels + channel] : 0.0f;
 }
 
+// Those of neighbouring channels from `first` on.
+template <class Prologue, int kValues>
+__device__ void read_coefficients(Coefficients<Prologue, kValues>& c, const void* table, int first, int channels) {
+#pragma unroll
+  for (int t = 0; t < Prologue::kTables; ++t) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) c.row[t][i] = coefficient<Prologue>(table, t, first + i, channels);
+  }
+}
+
 // The coefficients of the channels of one stage after another, copied a stage ahead: the barrier of the stage that they
 // came with publishes them, and the next one's transform reads them. The ring's constructor copies the first ones.
 template <class T, class Prologue>

@@ -42,6 +42,8 @@ constexpr int64_t fprop_tiles(const ConvShape& s) { return ceil_div(output_pixel
 struct Gather {
   int multiply, add, step, size;
   int first, every, taps;
+
+  constexpr bool inside(int i) const { return static_cast<unsigned>(i) < static_cast<unsigned>(size); }
 };
 
 constexpr Gather fprop_gather(int size, int stride, int pad, int dilation, int taps) {
@@ -74,13 +76,17 @@ constexpr int64_t dgrad_pixels(const ConvShape& s, int parity_h, int parity_w) {
   return int64_t{s.n} * with_parity(s.h, s.stride_h, parity_h) * with_parity(s.w, s.stride_w, parity_w);
 }
 
-// Where a filter's nine taps of stride 1 read the plane that they write, a tile's pixels and a halo before and behind
+// Whether a filter's nine taps of stride 1 read the plane that they write.
+constexpr bool keeps_plane(const ConvShape& s) {
+  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
+}
+
+// Where they do, a tile's pixels and a halo before and behind
 // them are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
 inline constexpr int kMostHaloPixels = 64;
 constexpr int halo_pixels(const ConvShape& s) {
-  const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
   const int64_t pixels = int64_t{s.pad_h} * s.w + s.pad_w;
-  return same && pixels <= kMostHaloPixels ? static_cast<int>(pixels) : -1;
+  return keeps_plane(s) && pixels <= kMostHaloPixels ? static_cast<int>(pixels) : -1;
 }
 
 constexpr TileShape dgrad_tile(const ConvShape& s) { return choose_tile(int64_t{s.n} * s.h * s.w, s.c); }
@@ -123,8 +129,7 @@ constexpr SubProblem dgrad_sub_problem(const ConvShape& s, int64_t tile, int row
 // wgrad: rows are output channels, columns (tap, input channel); the reduction over pixels is split. Where a row of
 // three taps reads neighbouring pixels of the plane that it writes, a block takes all three, of 16-bit types.
 constexpr bool wgrad_of_rows(const ConvShape& s, DType dtype) {
-  const bool same = s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
-  return same && s.dilation_w == 1 && dtype != DType::Float32;
+  return keeps_plane(s) && s.dilation_w == 1 && dtype != DType::Float32;
 }
 
 constexpr TileShape wgrad_tile(const ConvShape& s) {

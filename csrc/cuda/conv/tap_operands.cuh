@@ -107,9 +107,7 @@ class GatheredPixels : public StagedRows<KMajorTile<T, Tile::kM>, Tile> {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       const int h = h_[i] + walk_.h * gh_.step, w = w_[i] + walk_.w * gw_.step;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(gh_.size) &&
-                          static_cast<unsigned>(w) < static_cast<unsigned>(gw_.size);
-      pixel_[i] = inside ? image_[i] + h * gw_.size + w : -1;
+      pixel_[i] = gh_.inside(h) && gw_.inside(w) ? image_[i] + h * gw_.size + w : -1;
     }
   }
 

@@ -91,13 +91,7 @@ __device__ inline float4 load_shared_128(uint32_t shared) {
   return value;
 }
 
-// Data movement: st.shared, of 16 and 8 bytes at a multiple of as many.
-__device__ inline void store_shared_128(uint32_t shared, uint4 value) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-
+// Data movement: st.shared, of 8 bytes at a multiple of 8.
 __device__ inline void store_shared_64(uint32_t shared, uint2 value) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(value.x), "r"(value.y) : "memory");
 }
