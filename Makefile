@@ -65,6 +65,7 @@ help:  ## list the targets
 	@echo
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
+	@echo 'TEST_JOBS=4            the processes that test runs in: $(TEST_JOBS)'
 	@echo 'BENCH_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
 	@echo 'REPORT_ARGS=--write    make the table of main loops anew that kernel-report holds them to'
 	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
@@ -148,7 +149,7 @@ lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
 	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror
 
 dist: $(BUILT)  ## build the sdist, and from it a wheel for this torch, into dist/
-	@$(PY) -c 'import build' 2>/dev/null || $(PY) -m pip install build
+	@$(PY) -m build --version >/dev/null 2>&1 || $(PY) -m pip install build  # `import build` finds the folder
 	$(PY) -m build --no-isolation --skip-dependency-check --outdir dist .
 
 clean:  ## remove what was built, and the environment

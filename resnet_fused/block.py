@@ -339,7 +339,11 @@ def backward(
     # The join.
     a = None
     # Where only the mask matters, z stands for the tensors that were joined: their values are not read.
-    y = z if plan.keeps_z and not plan.reads_joined else grad if plan.ends_in_convolution else outputs[last]
+    only_mask = plan.keeps_z and not plan.reads_joined
+    if only_mask:
+        y = z
+    else:
+        y = grad if plan.ends_in_convolution else outputs[last]
     if y is None:
         read = source(last)
         if needs[last][0] and not plan.units[last].native:
@@ -348,7 +352,7 @@ def backward(
         y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
     grad_shortcut = grad_x = None
     if plan.join is Join.PROJECTION:
-        s = outputs[projection] if y is not z else z
+        s = z if only_mask else outputs[projection]
         if s is None:
             s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
         some_native = plan.units[last].native or plan.units[projection].native
@@ -451,7 +455,7 @@ def backward(
             written = None
             if unit.native or needs_sums(i - 1):
                 written, sums, a = ops.bn_backward_reduce(
-                    grad_a, below, coefficients[i - 1], None, None, None, True, unit.native, delayed
+                    grad_a, below, coefficients[i - 1], relu=True, write_grad=unit.native, write_activation=delayed
                 )
                 if delayed:
                     library_backward(i, gradient, a, False, True)

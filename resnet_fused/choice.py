@@ -4,8 +4,9 @@
 
 Time of the library's way (its convolution and the one-pass kernels around it; for ``PACKED`` oneDNN's convolution with
 packed weights and post-ops) over the native one's: ResNet-50's shapes, channels_last, 224x224, both in turn, medians,
-2 cores with AVX-512 and AMX, torch 2.14.1; of one image with cold caches. The range over the shapes;
-``python -m benchmarks --convolutions`` measures the training passes anew.
+2 cores with AVX-512 and AMX, torch 2.14.1; ``INFERENCE`` and ``PACKED`` of one image with cold caches. The range over
+the shapes; ``python -m benchmarks --convolutions`` measures the training passes anew. ``FPROP`` and ``BACKWARD`` were
+measured before float32 products stayed in registers and Winograd's tiles were 4x4.
 
 =============================== ============ ============ ============ ============
                                 float32, 16  bfloat16, 16 float32, 1   bfloat16, 1
@@ -60,8 +61,11 @@ def native_is_faster(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> bool:
-    """Whether a native convolution on the CPU was measured to be at least as fast as the library's; sizes as in
-    ``[N, C, H, W]`` and ``[K, C, R, S]``."""
+    """Whether a native convolution is taken on the CPU; sizes as in ``[N, C, H, W]`` and ``[K, C, R, S]``.
+
+    Where the table's class was mostly at least as fast; training passes are taken as a whole, since each spares the
+    next one's work, but for what has few channels.
+    """
     if use is Use.BACKWARD:
         return True
     if weight_shape[1] < FEW_CHANNELS:

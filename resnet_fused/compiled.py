@@ -80,24 +80,9 @@ def _(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine
     + _OPTIONS,
     "Tensor[]",
 )
-def _block_backward(
-    grad,
-    x,
-    z,
-    outputs,
-    coefficients,
-    parameters,
-    needs,
-    minimal,
-    cast_weights,
-    reads,
-    sizes,
-    numbers,
-    engine,
-    join,
-    relu,
-):
+def _block_backward(grad, x, z, outputs, coefficients, parameters, needs, *rest):
     """The gradients that are needed: the input's, the shortcut's, those of four parameters per unit."""
+    minimal, cast_weights, reads, sizes, numbers, _, join, relu = rest
     join, units = Join(join), _units(parameters, sizes, numbers)
     plan, _ = block.choose(x, units, join, relu, minimal, cast_weights, reads)
     kept = dict(zip(_kept(units, join, minimal, reads), outputs, strict=True))
@@ -143,7 +128,7 @@ class _Block(torch.autograd.Function):
     """``apply(call, x, shortcut, *tensors)``: seven tensors per unit. Returns the output and what the running
     statistics become.
 
-    ``call``: minimal, cast_weights and the description of the operators.
+    ``call``: minimal, cast_weights, reads (see :func:`block.reads_joined`) and the description of the operators.
     """
 
     @staticmethod

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What the tests of the benchmarks share; imported before `benchmarks`, which it puts on the path."""
+"""What the tests of the benchmarks share."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks import report  # noqa: E402
+from benchmarks import report
 
 CPU = torch.device("cpu")
 

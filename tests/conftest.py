@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from simulator import simulated
 from thinning import covering
 
 import resnet_fused
+
+# For `benchmarks`. Appended, so that the package is still imported from where it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
 
 collect_ignore = ["gpusim"]  # the simulator's own tests run on it: make test-gpusim
 

@@ -6,16 +6,12 @@ the report sees if not.
 
 import re
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks.kernel_report import (  # noqa: E402
+from benchmarks.kernel_report import (
     Kernel,
     find_cuobjdump,
     first_violations,
@@ -23,7 +19,7 @@ from benchmarks.kernel_report import (  # noqa: E402
     parse,
     read,
 )
-from resnet_fused import _C  # noqa: E402
+from resnet_fused import _C
 
 needs_names = pytest.mark.skipif(not shutil.which("c++filt"), reason="no c++filt, which comes with a C++ compiler")
 

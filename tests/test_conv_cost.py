@@ -2,18 +2,10 @@
 # Copyright (c) the resnet_fused authors
 """What native convolutions and whole blocks cost, counted by the simulator: memory, tensor cores, shared memory."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from simulator import needs_tensor_cores
 
-from resnet_fused.autograd import _Block
-
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks.counted_cost import (  # noqa: E402
+from benchmarks.counted_cost import (
     BLOCKS,
     CONVOLUTIONS,
     SECTOR,
@@ -22,7 +14,8 @@ from benchmarks.counted_cost import (  # noqa: E402
     of_ours,
     total,
 )
-from benchmarks.passes import PASSES  # noqa: E402
+from benchmarks.passes import PASSES
+from resnet_fused.autograd import _Block
 
 pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 

@@ -5,24 +5,17 @@
 The counts are exact, so they are the kernels' performance regression tests where there is no GPU.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from resnet_fused import ops
-
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks.counted_cost import (  # noqa: E402
+from benchmarks.counted_cost import (
     ONE_PASS_CASES,
     ONE_PASS_KERNELS,
     SECTOR,
     Operands,
     of_ours,
 )
+from resnet_fused import ops
 
 pytestmark = pytest.mark.cuda
 

@@ -2,27 +2,23 @@
 # Copyright (c) the resnet_fused authors
 """The examples run, and notice when something is wrong."""
 
-import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-import resnet_fused
+from scripts import environment, load
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
-PACKAGE_ROOT = Path(resnet_fused.__file__).parents[1]
 
 
 def run_digits(*arguments):
     return subprocess.run(
         [sys.executable, DIGITS, *arguments],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -32,10 +28,7 @@ def run_digits(*arguments):
 
 @pytest.fixture(scope="module")
 def digits():
-    spec = importlib.util.spec_from_file_location("digits", DIGITS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(DIGITS)
 
 
 def test_digits_trains_eager_and_fused_alike(tmp_path):

@@ -2,18 +2,13 @@
 # Copyright (c) the resnet_fused authors
 """What the report reads out of a kernel's SASS: its main loop, the pipes' cycles, and growth against the table."""
 
-import sys
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks import pipes  # noqa: E402
-from benchmarks.kernel_report import Kernel, growth, pipe_table  # noqa: E402
+from benchmarks import pipes
+from benchmarks.kernel_report import Kernel, growth, pipe_table
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
 

@@ -2,19 +2,14 @@
 # Copyright (c) the resnet_fused authors
 """The model of training on GPUs that aren't here: it runs without any, says what it is, and follows its inputs."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torchvision
 from torch import nn
 
-# Appended, so that the package is still imported from where it is installed.
-sys.path.append(str(Path(__file__).parents[1]))
-
-from benchmarks import predict  # noqa: E402
-from benchmarks.__main__ import main  # noqa: E402
+from benchmarks import predict
+from benchmarks.__main__ import main
 
 A100, H100, RTX4090 = predict.CARDS
 

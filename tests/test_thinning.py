@@ -3,6 +3,7 @@
 """What `make test` leaves to `make test-all`."""
 
 import itertools
+from collections import Counter
 
 from thinning import covering
 
@@ -20,6 +21,12 @@ def test_each_value_alone():
     chosen = [cases[i] for i in covering(cases, together=1)]
     assert len(chosen) == 3
     assert {case["a"] for case in chosen} == set("123") and {case["b"] for case in chosen} == set("45")
+
+
+def test_pairs_are_chosen_about_as_often_as_each_other():
+    cases = [dict(zip("abc", values, strict=True)) for values in itertools.product("12345678", "12", "12")]
+    chosen = [cases[i] for i in covering(cases)]
+    assert set(Counter((case["b"], case["c"]) for case in chosen).values()) == {4}
 
 
 def test_one_parameter_keeps_all_its_values():

@@ -2,7 +2,6 @@
 # Copyright (c) the resnet_fused authors
 """examples/train.py: what it writes, and that a run that was killed and resumed ends where another one does."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,25 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import environment, load
 from torchvision.utils import save_image
-
-import resnet_fused
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
-PACKAGE_ROOT = Path(resnet_fused.__file__).parents[1]
 # A few seconds: three epochs of four batches, at each of which a killed run may stop.
 SMALL = ["--size", "8", "--batch", "16", "--limit", "64", "--epochs", "3"]
 
 
 @pytest.fixture(scope="module")
 def train():
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(TRAIN)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +38,9 @@ def one_thread():
 
 
 def start(launcher, arguments):
-    environ = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
         [sys.executable, *launcher, TRAIN, *map(str, arguments)],
-        env=environ,
+        env=environment() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,6 +60,7 @@ def kill_after_one_epoch(launcher, arguments, output):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert (output / "checkpoint.pt").exists(), "there was nothing to resume from"
     assert not (output / "history.json").exists(), "it was over before it was killed"
 
 

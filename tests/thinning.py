@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -13,16 +14,20 @@ import pytest
 def covering(cases: Sequence[dict[str, str]], together: int = 2) -> set[int]:
     """The indices of a few of ``cases`` in which each combination of values that ``together`` parameters have occurs.
 
-    A case maps each parameter to its value. Greedily, the first of those that bring the most, so that the same cases
-    are chosen each time.
+    A case maps each parameter to its value. Greedily: of those that bring the most, one whose pairs of values were
+    chosen the fewest times, so that a pair isn't met by one and the same third value all over; of those the first, so
+    that the same cases are chosen each time.
     """
     brings = [set(itertools.combinations(sorted(case.items()), min(together, len(case)))) for case in cases]
+    pairs = [list(itertools.combinations(sorted(case.items()), 2)) for case in cases]
+    times = Counter()
     missing = set().union(*brings)
     chosen = set()
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(brings[i] & missing))
+        best = max(range(len(cases)), key=lambda i: (len(brings[i] & missing), -sum(times[p] for p in pairs[i])))
         chosen.add(best)
         missing -= brings[best]
+        times.update(pairs[best])
     return chosen
 
 
