@@ -222,3 +222,16 @@ def test_one_value_per_channel_is_refused():
     unit = torch.compile(rf.ConvBNAct2d(4, 4), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         unit(torch.ones(1, 4, 1, 1))
+
+
+def test_frozen_norms_without_gamma():
+    """What is kept depends on what is learnt, which the operators are told: the gradients are eager's."""
+    torch.manual_seed(0)
+    block = rf.BasicBlock(8, 8).double().eval()
+    for norm in (block.bn1, block.bn2):
+        norm.requires_grad_(False)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
+    learnt = [x, block.conv1.weight, block.conv2.weight]
+    expected = torch.autograd.grad(block(x).square().sum(), learnt)
+    found = torch.autograd.grad(torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum(), learnt)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
