@@ -91,6 +91,8 @@ struct ConvBackend {
   // Weights as fprop multiplies them, whatever the size of its input; null where a device packs nothing.
   int64_t (*packed_bytes)(const ConvShape&, DType);
   void (*pack)(const FpropParams&, void* packed);
+  // By which algorithm fprop in inference multiplies, with weights as they are given or `packed`; null where there is one.
+  const char* (*algorithm)(const ConvShape&, DType, bool packed);
 };
 
 const ConvBackend& cpu_conv_backend();

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -340,6 +340,27 @@ _NATIVE_LIMITS: dict[str, tuple[int, int, int, int, int]] = {
 }
 # What this processor multiplies; a GPU that has native convolutions at all multiplies every dtype of theirs.
 _CPU_MULTIPLIES = {dtype: _C.native_multiplies("cpu", name) for dtype, name in _NATIVE_DTYPES.items()}
+
+
+def conv_algorithm(
+    dtype: torch.dtype,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    packed: bool,
+) -> str:
+    """How the CPU's native ``conv_fprop_inference`` of such sizes multiplies.
+
+    Args:
+        packed: with weights of ``conv_pack``.
+
+    Returns:
+        ``"winograd"``; of direct sums ``"registers"``, by vectors of the processor, or ``"microkernel"``, by oneDNN's.
+    """
+    sizes = (x_shape, weight_shape, stride, padding, dilation)
+    return _C.conv_algorithm(_NATIVE_DTYPES[dtype], *([int(v) for v in values] for values in sizes), packed)
 
 
 def native_device_reason(device: torch.device) -> str | None:

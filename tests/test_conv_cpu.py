@@ -186,7 +186,8 @@ def test_packed_weights(taps, dtype):
     geometry = ((1, 1), (taps // 2, taps // 2), (1, 1))
     weight, affine = channels_last(40, 24, taps, taps), torch.rand(4, 40)
     packed = ops.conv_pack(weight, dtype, *geometry)
-    assert torch.equal(packed, ops.conv_pack(weight.to(dtype), dtype, *geometry))
+    again = ops.conv_pack(weight.to(dtype), dtype, *geometry)
+    assert torch.equal(packed.view(torch.uint8), again.view(torch.uint8))
     for shape in ((1, 24, 3, 3), (2, 24, 30, 31), (3, 24, 56, 56)):
         x = channels_last(*shape, dtype=dtype)
         arguments = (x, None, weight.to(dtype), affine, None, True, *geometry)
@@ -216,8 +217,14 @@ def test_auto_follows_the_table(use, dtype):
 
     stem = faster((16, 3, 224, 224), (64, 3, 7, 7), ((2, 2), (3, 3), (1, 1)))
     assert stem == (use is Use.BACKWARD)
-    large = faster((16, 64, 56, 56), weight3)
-    assert large == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.float32)
+    sizes = (16, 64, 56, 56), weight3
+    winograd = ops.conv_algorithm(dtype, *sizes, *one, packed=use is Use.PACKED) == "winograd"
+    assert faster(*sizes) == (use in (Use.BACKWARD, Use.FPROP) or winograd)
+    direct = faster((32, 512, 7, 7), (512, 512, 3, 3))  # in bfloat16
+    assert direct == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.float32)
+    wide = (16, 256, 14, 14), (1024, 256, 1, 1), ((1, 1), (0, 0), (1, 1))
+    registers = ops.conv_algorithm(dtype, *wide[:2], *wide[2], packed=True) == "registers"
+    assert faster(*wide) == (use is not Use.PACKED or dtype == torch.float32 or registers)
     small = faster((1, 512, 7, 7), (512, 512, 3, 3))
     assert small
     halved = ((2, 2), (1, 1), (1, 1))

@@ -325,6 +325,12 @@ int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass,
   return pass == "fprop" ? backend.fprop_tiles(shape, dtype) : backend.dgrad_tiles(shape, dtype);
 }
 
+const char* conv_algorithm(DType dtype, IntArrayRef x, IntArrayRef weight, IntArrayRef stride, IntArrayRef padding,
+                           IntArrayRef dilation, bool packed) {
+  const ConvBackend& backend = cpu_conv_backend();
+  return backend.algorithm(conv_shape(backend.limits, x, weight, stride, padding, dilation), dtype, packed);
+}
+
 namespace {
 void register_for_device(torch::Library& m) {
   m.impl("conv_fprop", conv_fprop);

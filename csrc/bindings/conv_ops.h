@@ -22,4 +22,8 @@ const ConvBackend& conv_backend_of(c10::DeviceType device);
 int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass, at::IntArrayRef x,
                    at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
 
+// By which algorithm the CPU's native fprop in inference multiplies.
+const char* conv_algorithm(DType dtype, at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, bool packed);
+
 }  // namespace resnet_fused

@@ -72,6 +72,11 @@ int64_t conv_tiles(const std::string& device, const std::string& dtype, const st
                                   dilation);
 }
 
+const char* conv_algorithm(const std::string& dtype, const Sizes& x, const Sizes& weight, const Sizes& stride,
+                           const Sizes& padding, const Sizes& dilation, bool packed) {
+  return resnet_fused::conv_algorithm(dtype_named(dtype), x, weight, stride, padding, dilation, packed);
+}
+
 py::dict memory_pool_state() {
   const resnet_fused::cpu::PoolState state = resnet_fused::cpu::memory_pool_state();
   py::dict result;
@@ -93,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("native_limits", &native_limits);
   m.def("native_multiplies", &native_multiplies);
   m.def("conv_tiles", &conv_tiles);
+  m.def("conv_algorithm", &conv_algorithm);
   m.def("memory_pool_state", &memory_pool_state);
   m.def("empty_memory_pool", &resnet_fused::cpu::empty_memory_pool);
   py::class_<PoolingContext>(m, "Pooling")

@@ -88,6 +88,7 @@ const ConvBackend* cuda_conv_backend() {
       cuda::on_current_stream<cuda::wgrad, WgradParams>,
       nullptr,
       nullptr,
+      nullptr,
   };
   return &backend;
 }

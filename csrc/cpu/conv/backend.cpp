@@ -47,7 +47,7 @@ int64_t weight_bytes(const ConvShape& s, DType dtype, bool forward, int tile) {
 template <class Params>
 void pack(const Params& p, bool forward, int tile, void* packed) {
   if (tile) {
-    transform_weights(plan_winograd(p.shape, forward, tile), p.shape, forward, p.weight, p.weight_dtype,
+    transform_weights(plan_winograd(p.shape, forward, tile), p.shape, forward, p.weight, p.weight_dtype, p.dtype,
                       static_cast<float*>(packed));
   } else {
     pack_weights(direct_plan(p.shape, p.dtype, forward), p.shape, forward, p.weight, p.weight_dtype, p.dtype,
@@ -57,11 +57,11 @@ void pack(const Params& p, bool forward, int tile, void* packed) {
 
 template <class Params>
 void run_packed(const Params& p, bool forward, int tile, const Operand& source, const void* packed) {
-  const Microkernel& kernel = microkernel(p.dtype);
   if (tile) {
-    run_winograd(plan_winograd(p.shape, forward, tile), source, kernel, static_cast<const float*>(packed), Results(p));
+    run_winograd(plan_winograd(p.shape, forward, tile), source, microkernel(DType::Float32),
+                 static_cast<const float*>(packed), Results(p));
   } else {
-    run_direct(direct_plan(p.shape, p.dtype, forward), source, kernel, packed, Results(p));
+    run_direct(direct_plan(p.shape, p.dtype, forward), source, microkernel(p.dtype), packed, Results(p));
   }
 }
 
@@ -80,6 +80,11 @@ int64_t kept_bytes(const ConvShape& s, DType dtype) {
 
 void pack_to_keep(const FpropParams& p, void* packed) { pack(p, true, kept_winograd_tile(p.shape, p.dtype), packed); }
 
+const char* algorithm(const ConvShape& s, DType dtype, bool packed) {
+  if (packed ? kept_winograd_tile(s, dtype) : winograd_tile(s, dtype)) return "winograd";
+  return Results::multiplies_in_inference(dtype) ? "registers" : "microkernel";
+}
+
 void fprop(const FpropParams& p) {
   if (transposed_applies(p)) return run_transposed(p);
   const Operand source = activation_operand(p.dtype, p.shape.c, p.x, p.coefficients);
@@ -93,12 +98,15 @@ void fprop(const FpropParams& p) {
 void dgrad(const DgradParams& p) { run(p, false, gradient_operand(p.dtype, p.shape.k, p.grad)); }
 
 int64_t workspace(const ConvShape& s, DType dtype, DType) {
-  return winograd_wgrad_tile(s, dtype) ? winograd_wgrad_workspace(s) : wgrad_workspace(s, dtype);
+  return winograd_wgrad_tile(s, dtype) ? winograd_wgrad_workspace(s, dtype) : wgrad_workspace(s, dtype);
 }
 
 void wgrad(const WgradParams& p) {
-  const auto run = winograd_wgrad_tile(p.shape, p.dtype) ? run_winograd_wgrad : run_wgrad;
-  run(p, microkernel(p.dtype));
+  if (winograd_wgrad_tile(p.shape, p.dtype)) {
+    run_winograd_wgrad(p, microkernel(DType::Float32));
+  } else {
+    run_wgrad(p, microkernel(p.dtype));
+  }
 }
 
 }  // namespace
@@ -118,6 +126,7 @@ const ConvBackend& cpu_conv_backend() {
       cpu::wgrad,
       cpu::kept_bytes,
       cpu::pack_to_keep,
+      cpu::algorithm,
   };
   return backend;
 }

@@ -91,8 +91,8 @@ struct WeightPanel {
   void* out;
 };
 
-// Sixteen rows of the depth of a 3x3 filter's panel, transformed: G g G' as one matrix for each of a tile's products,
-// `out_pitch` values apart.
+// Sixteen rows of the depth of a 3x3 filter's panel in the precision of `to`, transformed: G g G' in float as one matrix
+// for each of a tile's products, `out_pitch` values apart.
 struct WinogradWeights {
   WeightPanel panel;
   int64_t tap_pitch;  // between the filter's taps
@@ -126,9 +126,17 @@ struct WinogradKernels {
   void (*finish_weights)(const WeightGradient&, int64_t product_pitch, int64_t tap_pitch);
 };
 
+// Products of kPanel channels, finished; null where the instruction set cannot multiply them in registers, or nobody asks.
+struct PanelProducts {
+  void (*forward)(const Products&, const ForwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
+  void (*backward)(const Products&, const BackwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
+};
+
 struct ConvKernels {
   // Channels [channel, channel + width) of the pixels as rows of `pitch` values, zero behind the width.
   void (*load)(const Operand&, const Pixels&, int64_t channel, int64_t width, void* out, int64_t pitch);
+  // The same as floats, in the operand's precision.
+  void (*load_floats)(const Operand&, const Pixels&, int64_t channel, int64_t width, float* out, int64_t pitch);
   // The same as [width, pitch]: out[c*pitch + p]. Up to 15 values behind the
   // last pixel of each become zero.
   void (*load_transposed)(const Operand&, const Pixels&, int64_t channel, int64_t width, void* out, int64_t pitch);
@@ -139,10 +147,8 @@ struct ConvKernels {
                          int64_t width, PanelSums* sums);
   void (*finish_backward)(const BackwardEpilogue&, const float* acc, int64_t acc_pitch, const Pixels&, int64_t channel,
                           int64_t width, PanelSums* sums);
-  // Products of float32 operands, kPanel channels, finished; null where the instruction set has too few registers.
-  void (*multiply_forward)(const Products&, const ForwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
-  void (*multiply_backward)(const Products&, const BackwardEpilogue&, const Pixels&, int64_t channel, PanelSums* sums);
-  // Products of `rows` by `columns` of the second operand, at most kPanel each, as out[column*kPanel + row]; what lies
+  PanelProducts products_float32, products_bfloat16;
+  // Products of float32, `rows` by `columns` of the second operand, at most kPanel each, as out[column*kPanel + row]; what lies
   // behind them is undefined. Null likewise.
   void (*multiply_transposed)(const Products&, int64_t rows, int64_t columns, float* out);
   void (*pack)(const WeightPanel&);

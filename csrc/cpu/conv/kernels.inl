@@ -61,18 +61,18 @@ RESNET_FUSED_INLINE Float<kLanes> read(const Operand& o, int64_t pixel, int64_t 
   return v;
 }
 
-template <class T, Prologue kPrologue>
-void load_pixels(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out_data,
+template <class T, class To, Prologue kPrologue>
+void load_pixels(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, typename To::Value* out,
                  int64_t pitch) {
-  auto* out = static_cast<typename T::Value*>(out_data);
   for (int64_t p = 0; p < pixels.count; ++p, out += pitch) {
     const int64_t pixel = pixels.first + p * pixels.step;
-    if constexpr (kPrologue == Prologue::kNone) {
+    if constexpr (kPrologue == Prologue::kNone && sizeof(typename T::Value) == sizeof(typename To::Value)) {
       __builtin_memcpy(out, static_cast<const typename T::Value*>(o.x) + pixel * o.channels + channel,
                        width * sizeof(typename T::Value));
     } else {
       for_lanes(width, [&](auto lanes, int64_t c) {
-        store<T, lanes.value>(out + c, read<T, kPrologue, lanes.value>(o, pixel, channel + c));
+        const auto v = read<T, kPrologue, lanes.value>(o, pixel, channel + c);
+        store<To, lanes.value>(out + c, kPrologue == Prologue::kNone ? v : round_to<T, lanes.value>(v));
       });
     }
     for (int64_t c = width; c < pitch; ++c) out[c] = 0;
@@ -81,8 +81,17 @@ void load_pixels(const Operand& o, const Pixels& pixels, int64_t channel, int64_
 
 void load(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, void* out, int64_t pitch) {
   dispatch_conv_dtype(o.dtype, [&](auto t) {
+    using T = decltype(t);
     dispatch_prologue(o.prologue, [&](auto prologue) {
-      load_pixels<decltype(t), prologue.value>(o, pixels, channel, width, out, pitch);
+      load_pixels<T, T, prologue.value>(o, pixels, channel, width, static_cast<typename T::Value*>(out), pitch);
+    });
+  });
+}
+
+void load_floats(const Operand& o, const Pixels& pixels, int64_t channel, int64_t width, float* out, int64_t pitch) {
+  dispatch_conv_dtype(o.dtype, [&](auto t) {
+    dispatch_prologue(o.prologue, [&](auto prologue) {
+      load_pixels<decltype(t), Float32, prologue.value>(o, pixels, channel, width, out, pitch);
     });
   });
 }
@@ -441,12 +450,13 @@ void finish_weights(const WeightGradient& g) {
 
 const ConvKernels RESNET_FUSED_CONV_KERNELS = {
     load,
+    load_floats,
     load_transposed,
     load_pairs,
     finish<ForwardEpilogue>,
     finish<BackwardEpilogue>,
-    kProductForward,
-    kProductBackward,
+    kProductsFloat32,
+    kProductsBFloat16,
     kProductTransposed,
     pack,
     finish_weights,

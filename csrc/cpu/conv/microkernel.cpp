@@ -61,12 +61,21 @@ bool multiplies_unpaired() {
   return false;
 }
 
+// Whatever oneDNN makes of it: its limits (ONEDNN_MAX_CPU_ISA) are not asked for.
+template <class T>
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) return __builtin_cpu_supports("amx-bf16");
+#endif
+  return false;
+}
+
 template <class T>
 Microkernel find() {
   if constexpr (sizeof(T) == 2) {
-    if (works<T, true>()) return {true, true, multiply<T, true>};
+    if (works<T, true>()) return {true, true, has_tiles<T>(), multiply<T, true>};
   }
-  if (multiplies_unpaired<T>() && works<T, false>()) return {true, false, multiply<T, false>};
+  if (multiplies_unpaired<T>() && works<T, false>()) return {true, false, false, multiply<T, false>};
   return {};
 }
 

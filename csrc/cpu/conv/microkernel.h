@@ -13,6 +13,7 @@ namespace resnet_fused::cpu {
 struct Microkernel {
   bool available;
   bool pairs;
+  bool tiles;  // the processor has a unit of its own for it (AMX)
   void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const void* a,
                    const void* b, float* c);
 };

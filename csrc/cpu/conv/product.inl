@@ -1,39 +1,87 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// Float products whose results go from the registers through the epilogue: what a tile stores and reads of tensors
-// passes while the next is multiplied. The microkernel, which leaves its results in cache, makes memory and arithmetic
-// wait for each other. Included by kernels.inl; for AVX-512, whose 32 registers hold a tile.
+// Products of floats, and of bfloat16 where AVX-512 multiplies it, whose results go from the registers through the
+// epilogue: what a tile stores and reads of tensors passes while the next is multiplied. The microkernel, which leaves its
+// results in cache, makes memory and arithmetic wait for each other. Included by kernels.inl; for AVX-512, whose 32
+// registers hold a tile.
 
 #ifdef RESNET_FUSED_AVX512
 
 // Up to 7 rows of 4 vectors: 28 registers of sums; 7 divides the rows of 56, 28, 14 and 7 pixels.
 constexpr int kTileRows = 7;
 
-template <int kRows, int kVectors, class Piece>
+// A step of the depth: what a row holds of it times vectors of 16 columns, added to their sums.
+template <class T>
+struct Step;
+
+template <>
+struct Step<Float32> {
+  static constexpr int kDepth = 1;
+  using Columns = Float<16>;
+
+  template <int kVectors>
+  RESNET_FUSED_INLINE static void add(Float<16> (&sums)[kVectors], const float* row, const Columns (&columns)[kVectors],
+                                      const float*) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sums[j] += *row * columns[j];
+  }
+};
+
+#ifdef RESNET_FUSED_AVX512_BF16
+
+// Two values of the depth at once, paired in both operands.
+template <>
+struct Step<BFloat16> {
+  static constexpr int kDepth = 2;
+  using Columns = Word<16>;
+
+  // By hand, since a full tile takes 28 registers, three vectors of columns and the row's pair the others: the fourth
+  // vector is read from the cache for each row. Spread from memory for each vector, the pair would take more loads than
+  // there are multiplications.
+  template <int kVectors>
+  RESNET_FUSED_INLINE static void add(Float<16> (&sums)[kVectors], const uint16_t* row,
+                                      const Columns (&columns)[kVectors], const uint16_t* b) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, row, 4);
+    const Columns x = Columns{} + pair;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      if (j < 3) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sums[j]) : "v"(x), "v"(columns[j]));
+      } else {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sums[j]) : "v"(x), "m"(*reinterpret_cast<const Columns*>(b + j * 32)));
+      }
+    }
+  }
+};
+
+#endif
+
+template <class T, int kRows, int kVectors, class Piece>
 RESNET_FUSED_INLINE void multiply_tile(const Products& products, int64_t row, Piece& piece) {
-  using V = Float<16>;
-  V sums[kRows][kVectors]{};
+  using S = Step<T>;
+  using Value = typename T::Value;
+  Float<16> sums[kRows][kVectors]{};
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) piece.prefetch(row + i, j);
   }
   for (int run = 0; run < products.count; ++run) {
-    const float* a = static_cast<const float*>(products.runs[run].a) + (products.first + row) * products.pixel_pitch;
-    const auto* b = static_cast<const float*>(products.runs[run].b);
-    const float* ahead = a + kRows * products.pixel_pitch;  // the next rows, which often lie behind these
-    for (int64_t k = 0; k < products.runs[run].depth; ++k, b += kPanel, ahead += kRows) {
+    const Value* a = static_cast<const Value*>(products.runs[run].a) + (products.first + row) * products.pixel_pitch;
+    const auto* b = static_cast<const Value*>(products.runs[run].b);
+    const Value* ahead = a + kRows * products.pixel_pitch;  // the next rows, which often lie behind these
+    for (int64_t k = 0; k < products.runs[run].depth; k += S::kDepth) {
       __builtin_prefetch(ahead);
-      V columns[kVectors];
+      typename S::Columns columns[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) columns[j] = load_raw<V>(b + j * 16);
+      for (int j = 0; j < kVectors; ++j) columns[j] = load_raw<typename S::Columns>(b + j * 16 * S::kDepth);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const float x = a[i * products.pixel_pitch + k];
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sums[i][j] += x * columns[j];
+        S::add(sums[i], a + i * products.pixel_pitch + k, columns, b);
       }
+      b += kPanel * S::kDepth, ahead += kRows * S::kDepth;
     }
   }
 #pragma GCC unroll 8
@@ -43,20 +91,20 @@ RESNET_FUSED_INLINE void multiply_tile(const Products& products, int64_t row, Pi
   }
 }
 
-template <int kVectors, class Piece>
+template <class T, int kVectors, class Piece>
 RESNET_FUSED_INLINE void multiply_rows(const Products& products, int64_t rows, Piece& piece) {
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<kTileRows, kVectors>(products, row, piece);
-  for (; row + 3 <= rows; row += 3) multiply_tile<3, kVectors>(products, row, piece);
-  for (; row < rows; ++row) multiply_tile<1, kVectors>(products, row, piece);
+  for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<T, kTileRows, kVectors>(products, row, piece);
+  for (; row + 3 <= rows; row += 3) multiply_tile<T, 3, kVectors>(products, row, piece);
+  for (; row < rows; ++row) multiply_tile<T, 1, kVectors>(products, row, piece);
 }
 
-template <class Epilogue>
+template <class T, class Epilogue>
 void multiply_panel(const Products& products, const Epilogue& e, const Pixels& pixels, int64_t channel,
                     PanelSums* sums) {
-  dispatch_epilogue<Float32>(e, sums, [&](auto kind) {
+  dispatch_epilogue<T>(e, sums, [&](auto kind) {
     typename decltype(kind)::template Piece<16, kPanel / 16> piece(e, pixels, channel, sums, 0);
-    multiply_rows<kPanel / 16>(products, pixels.count, piece);
+    multiply_rows<T, kPanel / 16>(products, pixels.count, piece);
     piece.save(sums, 0);
   });
 }
@@ -74,10 +122,10 @@ void multiply_transposed_panel(const Products& products, int64_t rows, int64_t c
   StoredPiece piece{sums};
   const int64_t vectors = (columns + 15) / 16;
   switch (vectors) {
-    case 1: multiply_rows<1>(products, rows, piece); break;
-    case 2: multiply_rows<2>(products, rows, piece); break;
-    case 3: multiply_rows<3>(products, rows, piece); break;
-    case 4: multiply_rows<4>(products, rows, piece); break;
+    case 1: multiply_rows<Float32, 1>(products, rows, piece); break;
+    case 2: multiply_rows<Float32, 2>(products, rows, piece); break;
+    case 3: multiply_rows<Float32, 3>(products, rows, piece); break;
+    case 4: multiply_rows<Float32, 4>(products, rows, piece); break;
   }
   for (int64_t row = 0; row < rows; row += 16) {
     for (int64_t column = 0; column < vectors * 16; column += 16) {
@@ -91,14 +139,19 @@ void multiply_transposed_panel(const Products& products, int64_t rows, int64_t c
   }
 }
 
-constexpr auto kProductForward = multiply_panel<ForwardEpilogue>;
-constexpr auto kProductBackward = multiply_panel<BackwardEpilogue>;
+constexpr PanelProducts kProductsFloat32{multiply_panel<Float32, ForwardEpilogue>,
+                                         multiply_panel<Float32, BackwardEpilogue>};
 constexpr auto kProductTransposed = multiply_transposed_panel;
 
 #else
 
-constexpr decltype(ConvKernels::multiply_forward) kProductForward = nullptr;
-constexpr decltype(ConvKernels::multiply_backward) kProductBackward = nullptr;
+constexpr PanelProducts kProductsFloat32{};
 constexpr decltype(ConvKernels::multiply_transposed) kProductTransposed = nullptr;
 
+#endif
+
+#ifdef RESNET_FUSED_AVX512_BF16
+constexpr PanelProducts kProductsBFloat16{multiply_panel<BFloat16, ForwardEpilogue>, nullptr};
+#else
+constexpr PanelProducts kProductsBFloat16{};
 #endif

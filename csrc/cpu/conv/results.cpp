@@ -4,8 +4,18 @@
 
 #include <algorithm>
 
+#include "microkernel.h"
+
 namespace resnet_fused::cpu {
 namespace {
+
+// Of bfloat16 in inference alone: sums that stay in registers between products are saved and restored for each, which
+// such short products do not make up for; and not where the processor's tiles are faster than its vectors.
+PanelProducts products_of(DType dtype, bool inference) {
+  if (dtype == DType::Float32) return conv_kernels().products_float32;
+  if (dtype == DType::BFloat16 && inference && !microkernel(dtype).tiles) return conv_kernels().products_bfloat16;
+  return {};
+}
 
 const float* row(const void* table, int64_t index, int64_t channels) {
   return table == nullptr ? nullptr : static_cast<const float*>(table) + index * channels;
@@ -14,7 +24,11 @@ const float* row(const void* table, int64_t index, int64_t channels) {
 }  // namespace
 
 Results::Results(const FpropParams& p)
-    : kernels_(conv_kernels()), channels_(p.shape.k), forward_(true), statistics_(static_cast<float*>(p.statistics)) {
+    : kernels_(conv_kernels()),
+      products_(products_of(p.dtype, p.statistics == nullptr)),
+      channels_(p.shape.k),
+      forward_(true),
+      statistics_(static_cast<float*>(p.statistics)) {
   forward_epilogue_ = {p.dtype,
                        channels_,
                        static_cast<const float*>(p.bias),
@@ -26,7 +40,11 @@ Results::Results(const FpropParams& p)
 }
 
 Results::Results(const DgradParams& p)
-    : kernels_(conv_kernels()), channels_(p.shape.c), forward_(false), sums_(static_cast<float*>(p.sums)) {
+    : kernels_(conv_kernels()),
+      products_(products_of(p.dtype, false)),
+      channels_(p.shape.c),
+      forward_(false),
+      sums_(static_cast<float*>(p.sums)) {
   backward_epilogue_ = {p.dtype,
                         channels_,
                         p.addend,
@@ -46,16 +64,17 @@ void Results::finish(const float* acc, int64_t acc_pitch, const Pixels& pixels, 
   }
 }
 
+bool Results::multiplies_in_inference(DType dtype) { return products_of(dtype, true).forward != nullptr; }
+
 bool Results::multiplies(int64_t width) const {
-  const DType dtype = forward_ ? forward_epilogue_.dtype : backward_epilogue_.dtype;
-  return dtype == DType::Float32 && width == kPanel && kernels_.multiply_forward != nullptr;
+  return width == kPanel && (forward_ ? products_.forward != nullptr : products_.backward != nullptr);
 }
 
 void Results::multiply(const Products& products, const Pixels& pixels, int64_t channel, PanelSums* sums) const {
   if (forward_) {
-    kernels_.multiply_forward(products, forward_epilogue_, pixels, channel, sums);
+    products_.forward(products, forward_epilogue_, pixels, channel, sums);
   } else {
-    kernels_.multiply_backward(products, backward_epilogue_, pixels, channel, sums);
+    products_.backward(products, backward_epilogue_, pixels, channel, sums);
   }
 }
 

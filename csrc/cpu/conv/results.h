@@ -22,6 +22,8 @@ class Results {
   void finish(const float* acc, int64_t acc_pitch, const Pixels& pixels, int64_t channel, int64_t width,
               PanelSums* sums) const;
 
+  // Whether multiply() computes any products of inference.
+  static bool multiplies_in_inference(DType dtype);
   // Whether multiply() computes products of so many channels.
   bool multiplies(int64_t width) const;
   // The same for results that have yet to be multiplied: in registers, never stored in between.
@@ -33,6 +35,7 @@ class Results {
  private:
   friend class ChunkSums;
   const ConvKernels& kernels_;
+  PanelProducts products_;
   int64_t channels_;
   bool forward_;
   ForwardEpilogue forward_epilogue_{};

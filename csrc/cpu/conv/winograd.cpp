@@ -24,6 +24,7 @@ constexpr int64_t kSummedTogether = 32;
 // What the filter's transformation costs, in tiles. Measured with 256 channels on 14x14 and 512 on 7x7: 2x2 gain from 4
 // and 16 images on, 4x4 are behind 2x2 at 16 and 32 images; in wgrad they are ahead at 16.
 constexpr int64_t kTransformationTiles2 = 181, kTransformationTiles4 = 300, kTransformationTilesWgrad = 64;
+constexpr int64_t kBFloat16Speed = 2;     // of direct sums, in products of float32 per time
 constexpr int64_t kMostKept = 128 * 128;  // pairs of channels that 4x4's 36 values are kept of
 constexpr int kMostChunks = 64;
 constexpr int kFewBlocks = 8;  // below, panels are spread over threads as well
@@ -149,7 +150,7 @@ class Winograd {
       }
       std::memset(out, 0, low * channels * 4);
       const int64_t first = (image * plan_.source_height + row) * plan_.source_width + low - plan_.pad_w;
-      conv_kernels().load(source_, {first, 1, high - low}, 0, source_.channels, out + low * channels, channels);
+      conv_kernels().load_floats(source_, {first, 1, high - low}, 0, source_.channels, out + low * channels, channels);
       std::memset(out + high * channels, 0, (copy_columns_ - high) * channels * 4);
     }
   }
@@ -170,28 +171,35 @@ int64_t winograd_cost(const ConvShape& s, int tile, int64_t transformation) {
   return (tile + 2) * (tile + 2) * (tiles + transformation);
 }
 
+// bfloat16 is transformed and multiplied as float32, unless the processor's tiles multiply it many times as fast.
 bool winograd_fits(const ConvShape& s, DType dtype) {
-  return dtype == DType::Float32 && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
-         s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+  const bool fits = dtype == DType::Float32 || (dtype == DType::BFloat16 && !microkernel(dtype).tiles);
+  return fits && microkernel(DType::Float32).available && s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && s.pad_h <= 2 && s.pad_w <= 2;
+}
+
+// 0: direct sums are faster.
+int fastest_tile(const ConvShape& s, DType dtype, int64_t transformation2, int64_t transformation4) {
+  if (!winograd_fits(s, dtype)) return 0;
+  const int64_t two = winograd_cost(s, 2, transformation2), four = winograd_cost(s, 4, transformation4);
+  const int64_t direct = int64_t{9} * s.n * s.p * s.q / (dtype == DType::Float32 ? 1 : kBFloat16Speed);
+  return std::min(two, four) > direct ? 0 : four < two ? 4 : 2;
 }
 
 }  // namespace
 
 int winograd_tile(const ConvShape& s, DType dtype) {
-  if (!winograd_fits(s, dtype)) return 0;
-  const int64_t two = winograd_cost(s, 2, kTransformationTiles2), four = winograd_cost(s, 4, kTransformationTiles4);
-  return std::min(two, four) > int64_t{9} * s.n * s.p * s.q ? 0 : four < two ? 4 : 2;
+  return fastest_tile(s, dtype, kTransformationTiles2, kTransformationTiles4);
 }
 
 int winograd_wgrad_tile(const ConvShape& s, DType dtype) {
-  if (!winograd_tile(s, dtype)) return 0;
-  const auto cost = [&](int tile) { return winograd_cost(s, tile, kTransformationTilesWgrad); };
-  return cost(4) < cost(2) ? 4 : 2;
+  return fastest_tile(s, dtype, kTransformationTilesWgrad, kTransformationTilesWgrad);
 }
 
 int kept_winograd_tile(const ConvShape& s, DType dtype) {
   if (!winograd_fits(s, dtype)) return 0;
-  return int64_t{s.c} * s.k <= kMostKept ? 4 : 2;
+  if (int64_t{s.c} * s.k <= kMostKept) return 4;
+  return dtype == DType::Float32 ? 2 : 0;
 }
 
 WinogradPlan plan_winograd(const ConvShape& s, bool forward, int tile) {
@@ -227,13 +235,13 @@ WinogradPlan plan_winograd(const ConvShape& s, bool forward, int tile) {
 }
 
 void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forward, const void* weight, DType from,
-                       float* packed) {
+                       DType to, float* packed) {
   const int64_t filter = int64_t{9} * s.c, depths = plan.padded_channels / 16;
   at::parallel_for(0, plan.panels * depths, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = i / depths, depth = i % depths * 16;
       WinogradWeights w{};
-      w.panel.from = from, w.panel.to = DType::Float32;
+      w.panel.from = from, w.panel.to = to;
       w.panel.stride_n = forward ? filter : 1, w.panel.stride_d = forward ? 1 : filter;
       w.panel.weight = static_cast<const char*>(weight) +
                        (panel * kPanel * w.panel.stride_n + depth * w.panel.stride_d) * bytes_of(from);

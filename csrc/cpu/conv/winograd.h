@@ -39,7 +39,7 @@ int kept_winograd_tile(const ConvShape& s, DType dtype);
 WinogradPlan plan_winograd(const ConvShape& s, bool forward, int tile);
 
 void transform_weights(const WinogradPlan& plan, const ConvShape& s, bool forward, const void* weight, DType from,
-                       float* packed);
+                       DType to, float* packed);
 
 void run_winograd(const WinogradPlan& plan, const Operand& source, const Microkernel& kernel, const float* packed,
                   const Results& results);

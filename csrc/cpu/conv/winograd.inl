@@ -148,7 +148,7 @@ void winograd_results(const float* products, int64_t pitch, int64_t width, int64
   }
 }
 
-template <int kTile, class From>
+template <int kTile, class From, class To>
 void transform_panel(const WinogradWeights& w) {
   constexpr int n = kTile + 2;
   WeightPanel tap = w.panel;
@@ -159,6 +159,8 @@ void transform_panel(const WinogradWeights& w) {
     for (int t = 0; t < 9; ++t) {
       tap.weight = weight + (w.flipped ? 8 - t : t) * w.tap_pitch;
       read_weights<From>(tap, k, 0, taps[t]);
+#pragma GCC unroll 16
+      for (auto& row : taps[t]) row = round_to<To, 16>(row);
     }
     for (int d = 0; d < 16; ++d) {
       float* out = static_cast<float*>(w.panel.out) + d * kPanel + k;
@@ -171,7 +173,9 @@ void transform_panel(const WinogradWeights& w) {
 
 template <int kTile>
 void winograd_weights(const WinogradWeights& w) {
-  dispatch_conv_dtype(w.panel.from, [&](auto from) { transform_panel<kTile, decltype(from)>(w); });
+  dispatch_conv_dtype(w.panel.from, [&](auto from) {
+    dispatch_conv_dtype(w.panel.to, [&](auto to) { transform_panel<kTile, decltype(from), decltype(to)>(w); });
+  });
 }
 
 template <int kTile>

@@ -36,9 +36,9 @@ struct Plan {
   int64_t transposed_pitch, straight_pitch, panel_pitch;  // floats of one of the products' operands
 };
 
-Plan make_plan(const ConvShape& s) {
+Plan make_plan(const ConvShape& s, DType dtype) {
   Plan p{};
-  p.tile = winograd_wgrad_tile(s, DType::Float32), p.products = (p.tile + 2) * (p.tile + 2);
+  p.tile = winograd_wgrad_tile(s, dtype), p.products = (p.tile + 2) * (p.tile + 2);
   p.tile_rows = ceil_div(s.p, p.tile), p.tile_columns = ceil_div(s.q, p.tile);
   p.units = s.n * p.tile_rows;
   p.padded_columns = ceil_div(s.k, 16) * 16;
@@ -59,7 +59,7 @@ class WinogradWgrad {
  public:
   WinogradWgrad(const WgradParams& p, const Microkernel& kernel)
       : shape_(p.shape),
-        plan_(make_plan(p.shape)),
+        plan_(make_plan(p.shape, p.dtype)),
         kernel_(kernel),
         x_(activation_operand(p.dtype, p.shape.c, p.x, p.coefficients)),
         grad_(gradient_operand(p.dtype, p.shape.k, p.grad)),
@@ -151,8 +151,8 @@ class WinogradWgrad {
         continue;
       }
       std::memset(out, 0, low * kPanel * 4);
-      conv_kernels().load(operand, {(image * height + i) * width + column + low, 1, high - low}, channel, channels,
-                          out + low * kPanel, kPanel);
+      conv_kernels().load_floats(operand, {(image * height + i) * width + column + low, 1, high - low}, channel,
+                                 channels, out + low * kPanel, kPanel);
       std::memset(out + high * kPanel, 0, (columns - high) * kPanel * 4);
     }
   }
@@ -226,8 +226,8 @@ class WinogradWgrad {
 
 }  // namespace
 
-int64_t winograd_wgrad_workspace(const ConvShape& shape) {
-  const Plan plan = make_plan(shape);
+int64_t winograd_wgrad_workspace(const ConvShape& shape, DType dtype) {
+  const Plan plan = make_plan(shape, dtype);
   return plan.splits * plan.products * shape.c * plan.padded_columns;
 }
 

@@ -12,7 +12,7 @@
 namespace resnet_fused::cpu {
 
 // Floats; for shapes of which winograd_wgrad_tile is not 0.
-int64_t winograd_wgrad_workspace(const ConvShape& shape);
+int64_t winograd_wgrad_workspace(const ConvShape& shape, DType dtype);
 
 void run_winograd_wgrad(const WgradParams& p, const Microkernel& kernel);
 
