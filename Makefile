@@ -24,8 +24,9 @@ export RESNET_FUSED_WERROR ?= 1
 # Most of what is installed is never imported, and what is compiles itself.
 export PIP_NO_COMPILE ?= 1
 
-# Versions differ in how they format.
+# Versions differ in how they format, and in what they infer.
 CLANG_FORMAT := 23.1.5
+MYPY := 2.4.1
 TORCH := torch>=2.11,<2.16
 # scikit-learn ships the photographs and digits that examples and benchmarks run on.
 PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pytest-xdist pybind11 matplotlib scikit-learn
@@ -141,10 +142,12 @@ counted-cost: $(BUILT)  ## count what the CUDA kernels move and multiply, on a s
 
 build: $(BUILT)  ## set up the environment and build the extension in place
 
-lint: | $(VENV_PY)  ## check the code's style with ruff and clang-format
-	@$(PY) -c 'import importlib.metadata as m, ruff; assert m.version("clang-format") == "$(CLANG_FORMAT)"' 2>/dev/null || \
-	  $(PY) -m pip install ruff clang-format==$(CLANG_FORMAT)
+lint: | $(INSTALLED)  ## check style and types with ruff, clang-format and mypy
+	@$(PY) -c 'from importlib.metadata import version as v; v("ruff"); \
+	    assert (v("clang-format"), v("mypy")) == ("$(CLANG_FORMAT)", "$(MYPY)")' 2>/dev/null || \
+	  $(PY) -m pip install ruff clang-format==$(CLANG_FORMAT) mypy==$(MYPY)
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	git ls-files csrc | grep -E '\.(cpp|h|inl|cu|cuh)$$' | \
 	  xargs $(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror
 

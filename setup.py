@@ -225,7 +225,7 @@ def main() -> None:
             "Typing :: Typed",
         ],
         packages=find_packages(include=["resnet_fused", "resnet_fused.*"]),
-        package_data={"resnet_fused": ["py.typed"]},
+        package_data={"resnet_fused": ["py.typed", "*.pyi"]},
         python_requires=">=3.10",
         install_requires=[f"torch=={minor}.*"],
         extras_require={

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks; on a GPU the bandwidth, too.",
     )
     choice = parser.add_argument_group("what to run")
-    pattern = {"nargs": "?", "const": "", "metavar": "PART"}
+    pattern: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "PART"}
     choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1")
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
     choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     choice.add_argument(
         "--zoo", **pattern, help="what of torchvision's and timm's networks runs fused; PART: resnet50, 'timm:dla*'"
     )
-    sizes = {"nargs": "*", "type": float, "metavar": "MB"}
+    sizes: dict[str, Any] = {"nargs": "*", "type": float, "metavar": "MB"}
     choice.add_argument("--bandwidth", **sizes, help="the kernels against a copy, on activations of so many MB")
     choice.add_argument("--convolutions", **pattern, help="native convolutions against the library's")
     choice.add_argument(
@@ -284,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for failure in outcome.check.failures:
             print(f"outside the tolerance policy: {outcome.case}: {failure}")
     faulty = [outcome for outcome in animals if outcome.faults]
-    for outcome in faulty:
-        print(f"fault in {outcome.case}, {len(outcome.faults)}: {textwrap.shorten(outcome.faults[0], 300)}")
+    for animal in faulty:
+        print(f"fault in {animal.case}, {len(animal.faults)}: {textwrap.shorten(animal.faults[0], 300)}")
     disturbed = sum(race.disturbed for race in races)
     if disturbed:
         print(f"other processes were busy during {disturbed} of {len(races)} cases: don't trust those times")

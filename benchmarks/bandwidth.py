@@ -58,8 +58,9 @@ class Operands:
         height = max(1, round(size / (CHANNELS * WIDTH * dtype.itemsize)))
         like = torch.empty((1, CHANNELS, height, WIDTH), dtype=dtype, device=device)
         like = like.to(memory_format=torch.channels_last)
-        activations = (torch.randn_like(like) for _ in range(4))
-        return cls(*activations, torch.rand(4, CHANNELS, device=device), torch.rand(5, CHANNELS, device=device))
+        y, grad, shortcut, out = (torch.randn_like(like) for _ in range(4))
+        coefficients, backward = (torch.rand(rows, CHANNELS, device=device) for rows in (4, 5))
+        return cls(y, grad, shortcut, out, coefficients, backward)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class Settings:
 
 def enter(name: str, module: nn.Module, case: Case) -> nn.Module:
     """``module`` itself, or a copy, made the contestant of that name, a key of `ENGINES`."""
-    module = module.to(case.module_dtype, memory_format=case.layout).train(case.training)
+    module = module.to(case.module_dtype).to(memory_format=case.layout).train(case.training)
     if name == "fold":
         return resnet_fused.fold(module)
     if name != "eager":
@@ -221,7 +222,7 @@ def verify(
     if case.training:
         for name, module in modules.items():
             with resnet_fused.engine(ENGINES[name]):
-                kept[name] = bytes_kept(module, lambda m=module: forward(m, x, case)) / len(x)
+                kept[name] = bytes_kept(module, partial(forward, module, x, case)) / len(x)
     return verdict, kept
 
 

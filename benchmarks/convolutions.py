@@ -198,8 +198,8 @@ def table(outcomes: Sequence[Outcome]) -> str:
             times = (f"{1e6 * o.race.time(name).median:.1f}{mark}" for name in ("native", "library"))
             cells += [*times, f"{o.speed.median:.2f}x", f"{tflops(o, 'native'):.1f}"]
         rows.append((*key, *cells, " ".join(dict.fromkeys(str(o.check) for o in forms))))
-    forms = [f"{form} {column}" for form in FORMS for column in ("native us", "library us", "speed", "TFLOP/s")]
-    text = report.table(("", "batch", "dtype", "pass", *forms, "check"), rows)
+    columns = [f"{form} {column}" for form in FORMS for column in ("native us", "library us", "speed", "TFLOP/s")]
+    text = report.table(("", "batch", "dtype", "pass", *columns, "check"), rows)
     return text if all(o.hidden for o in outcomes) else f"{text}\n* the time of launching is in it"
 
 

@@ -75,7 +75,7 @@ class BlockStep:
     """Training of one bottleneck in bfloat16 with native convolutions, and the bytes of what it reads and writes."""
 
     def __init__(self, build: Callable[[], rf.Bottleneck], channels: int, side: int):
-        self.block = build().to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+        self.block = build().to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
         x = torch.randn(2, channels, side, side, dtype=torch.bfloat16, device="cuda")
         self.x = x.to(memory_format=torch.channels_last).requires_grad_()
         self.weights = sum(p.nbytes for p in self.block.parameters() if p.dim() == 4)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ class _Neighbours(_Operations):
             self.found[conv].behind.add(name)
         self._normalised[self._key(output)] = name
 
-    def see(self, name: str, arguments: tuple, result: object) -> None:
+    def see(self, name: str, arguments: tuple, result: Any) -> None:
         self._kept.append(result)
         operation = name.removeprefix("aten.").removesuffix("_")
         given = list(tensors_of(arguments))
@@ -193,7 +194,7 @@ def surroundings(model: nn.Module, x: Tensor, *, training: bool) -> dict[str, Su
 def takers(outputs: object) -> dict[Tensor, set[object]]:
     """For every leaf in the graph behind ``outputs``: the nodes that took it."""
     found: dict[Tensor, set[object]] = {}
-    nodes = {t.grad_fn for t in tensors_of(outputs)} - {None}
+    nodes: set[Any] = {t.grad_fn for t in tensors_of(outputs)} - {None}
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()

@@ -137,7 +137,7 @@ class Kernel:
     @property
     def cycles(self) -> pipes.Cycles | None:
         """Of a block and iteration of the main loop."""
-        return self.loop and self.loop.cycles(self.arch, self.warps)
+        return None if self.loop is None else self.loop.cycles(self.arch, self.warps)
 
     @property
     def vector_of(self) -> int | None:
@@ -203,6 +203,7 @@ def growth(kernel: Kernel, before: dict | None) -> list[str]:
     """Which pipes one multiply-add takes longer than it did, by more than MOST_GROWTH."""
     if before is None:
         return []
+    assert kernel.loop is not None
     was = pipes.Loop(**before["loop"])
     then, now = was.cycles(kernel.arch, before["warps"]), kernel.cycles
     products = (was.multiply_adds * before["warps"], kernel.loop.multiply_adds * kernel.warps)
@@ -367,6 +368,7 @@ def find_cuobjdump() -> Path | None:
 def run_lines(command: Sequence[str | Path]) -> Iterator[str]:
     """A command's output as it comes: the SASS of a library has a few hundred megabytes."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None  # they are pipes
         yield from process.stdout
         errors = process.stderr.read()
     if process.returncode:
@@ -402,9 +404,9 @@ def pipe_table(kernels: Iterable[Kernel]) -> str:
     )
     rows = []
     for k in kernels:
-        if k.loop is None:
-            continue
         loop, cycles = k.loop, k.cycles
+        if loop is None or cycles is None:
+            continue
         counts = (loop.instructions, loop.multiply_adds, loop.ldsm, loop.lds + loop.sts, loop.ldgsts)
         tensor = "?" if cycles.tensor is None else f"{cycles.tensor:.0f}"
         shared = f"{cycles.shared:.0f}..{cycles.shared_most:.0f}"

@@ -71,7 +71,7 @@ def names_of(network: nn.Module, x: Tensor) -> dict[object, list[str]]:
         shape = tuple(inputs[0].shape)
         if isinstance(module, nn.Conv2d):
             weight = tuple(module.weight.shape)
-            keys = [Signature(shape, weight, tuple(module.stride))]
+            keys: list[object] = [Signature(shape, weight, tuple(module.stride))]
             keys += [(output.numel() // weight[0], *weight[1::-1])] if weight[2:] == (1, 1) else []
         elif isinstance(module, nn.Linear):
             keys = [(len(inputs[0]), module.in_features, module.out_features)]

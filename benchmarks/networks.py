@@ -78,7 +78,7 @@ def ours(case: Case, *, variants: bool, native: bool) -> tuple[str, ...]:
 
     ``variants``: minimal memory, or folding, takes part; ``native``: so do native convolutions.
     """
-    names = ("eager", "fused")
+    names: tuple[str, ...] = ("eager", "fused")
     if variants:
         names += ("minimal" if case.training else "fold",)
     return (*names, "native") if native else names

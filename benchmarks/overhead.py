@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def measure(rounds: int) -> Iterator[Overhead]:
     torch.set_num_threads(1)
     try:
         for name, make in BLOCKS.items():
-            eager = make().to(memory_format=torch.channels_last)
+            eager: Any = make().to(memory_format=torch.channels_last)
             fused = copy.deepcopy(eager)
             resnet_fused.fuse(fused)
             x = torch.randn(1, eager.conv1.in_channels, 4, 4).to(memory_format=torch.channels_last)

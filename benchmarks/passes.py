@@ -15,11 +15,12 @@ where a batch norm follows every convolution, and most have a batch norm and a R
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from resnet_fused import ops, reference
 
@@ -88,7 +89,9 @@ class Passes:
     def native(self, which: str, *, fused: bool) -> Callable[[], Tensor]:
         """A call that runs a pass by the native kernels; returns y, dx or dw."""
         s, x, weight, table = self.shape, self.x, self.weight, self.table(fused)
-        gradient = (self.grad, self.y, self.backward_coefficients) if fused else (self.grad, None, None)
+        gradient: tuple[Tensor, Tensor | None, Tensor | None] = (self.grad, None, None)
+        if fused:
+            gradient = (self.grad, self.y, self.backward_coefficients)
 
         def fprop() -> Tensor:
             y, statistics = ops.conv_fprop(x, table, weight, None, *s.geometry)
@@ -131,7 +134,7 @@ class Passes:
 
         def dgrad() -> Tensor:
             gradient = self.output_gradient() if fused else self.grad
-            dx, _ = ops.convolution_backward(gradient, x, weight, *geometry, 1, True, False)
+            dx: Any = ops.convolution_backward(gradient, x, weight, *geometry, 1, True, False)[0]
             if table is not None:
                 normalise_backward(ops.bn_backward_reduce(dx, x, table, relu=True)[1], table, x)
             return dx
@@ -139,7 +142,8 @@ class Passes:
         written = self.output_gradient() if fused and which == "wgrad" else self.grad
 
         def wgrad() -> Tensor:
-            return ops.convolution_backward(written, activation(), weight, *geometry, 1, False, True)[1]
+            dw: Any = ops.convolution_backward(written, activation(), weight, *geometry, 1, False, True)[1]
+            return dw
 
         return {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad}[which]
 
@@ -176,8 +180,8 @@ class Passes:
         if which == "fprop":
             return F.conv2d(x, weight, None, *geometry)
         if which == "dgrad":
-            return nn.grad.conv2d_input(x.shape, weight, grad, *geometry)
-        return nn.grad.conv2d_weight(x, weight.shape, grad, *geometry)
+            return conv2d_input(x.shape, weight, grad, *geometry)
+        return conv2d_weight(x, weight.shape, grad, *geometry)
 
 
 def normalise(statistics: Tensor) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ def compiled(module: nn.Module, *, training: bool) -> Iterator[nn.Module]:
     # Workers that compile in the background could still be busy when the step is timed.
     with inductor.patch(freezing=not training, compile_threads=1):
         # The whole graph, so that nothing falls back to eager unnoticed.
-        yield torch.compile(module, fullgraph=True)
+        compiled: Any = torch.compile(module, fullgraph=True)
+        yield compiled
 
 
 def export(network: nn.Module, images: Tensor, path: Path) -> None:

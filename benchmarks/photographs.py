@@ -26,7 +26,7 @@ def originals() -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def photographs(count: int, size: int = 224, *, seed: int = 0, device: str = "cpu") -> Tensor:
+def photographs(count: int, size: int = 224, *, seed: int = 0, device: str | torch.device = "cpu") -> Tensor:
     """Random square crops of both photographs in turn, some mirrored, downscaled and normalised.
 
     Returns ``[count, 3, size, size]``, float32, channels_last; ``size`` in pixels. Equal seeds give equal crops.

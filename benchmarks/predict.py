@@ -132,7 +132,7 @@ def network(name: str) -> list[Block]:
             stride = 2 if stage and not i else 1
             small = (side - 1) // stride + 1
             if bottleneck:
-                chain = (
+                chain: tuple[Convolution, ...] = (
                     Convolution(channels, width, 1, side, 1, False),
                     Convolution(width, width, 3, side, stride, True),
                     Convolution(width, out, 1, small, 1, True),
@@ -206,6 +206,8 @@ def norm(*times: float) -> float:
 def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False) -> float:
     """Of one pass with all that is fused into it."""
     prologue = "AffineRelu" if c.behind_norm else "Raw"
+    reduction: float
+    prologues: tuple[str, ...]
     if which == "wgrad":
         rows, columns, reduction = c.filters, c.channels * c.taps**2, c.output_pixels
         prologues = ("BackwardAffine", prologue)
@@ -231,6 +233,7 @@ def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False)
     blocks *= splits
     iterations = math.ceil(reduction / k.depth) / splits
     cycles = k.loop.cycles(card.arch, k.warps)
+    assert cycles.tensor is not None
     before, after = AROUND[which]
     around = (before * k.loop.before + after * k.loop.after) * k.warps / pipes.SUB_CORES
     epilogue = 0 if which == "wgrad" else 2 * k.rows * k.columns * VALUE / pipes.SHARED_BYTES
@@ -347,7 +350,7 @@ _native, _library = cache(native_seconds), cache(library_seconds)
 
 
 def best_block(card: Card, block: Block) -> Seconds:
-    choices = itertools.product(itertools.product((False, True), repeat=2), repeat=len(block.units))
+    choices = itertools.product(itertools.product((False, True), (False, True)), repeat=len(block.units))
     return min((our_block(card, block, c) for c in choices), key=lambda s: s.total)
 
 

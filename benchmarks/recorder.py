@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Recorder(TorchDispatchMode):
         return "optimiser" if self._was_backward else "forward"
 
 
-def call_of(operator: str, phase: str, bound: Mapping[str, object], result: object, seconds: float) -> Call:
+def call_of(operator: str, phase: str, bound: Mapping[str, Any], result: object, seconds: float) -> Call:
     """The record of a call with the arguments ``bound``, by their names in the operator's schema."""
     tensors = {id(t): t for t in tree_leaves((list(bound.values()), result)) if isinstance(t, Tensor)}
     moved = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -92,14 +93,14 @@ def call_of(operator: str, phase: str, bound: Mapping[str, object], result: obje
     return Call(phase, operator, "", shapes[0] if shapes else (), seconds, 0, moved)
 
 
-def passes_of(operator: str, bound: Mapping[str, object]) -> str:
+def passes_of(operator: str, bound: Mapping[str, Any]) -> str:
     """Which of a convolution's passes the operator runs."""
     if "output_mask" in bound:
         return " ".join(name for name, wanted in zip(("dgrad", "wgrad"), bound["output_mask"], strict=False) if wanted)
     return next((name for name in ("dgrad", "wgrad") if name in operator), "fprop")
 
 
-def signature_of(operator: str, bound: Mapping[str, object]) -> Signature | None:
+def signature_of(operator: str, bound: Mapping[str, Any]) -> Signature | None:
     """The convolution that the operator runs a pass of, if it does."""
     if "conv" not in operator or "stride" not in bound or "reorder" in operator:
         return None
@@ -115,6 +116,6 @@ def signature_of(operator: str, bound: Mapping[str, object]) -> Signature | None
     return Signature(images, filters, tuple(bound["stride"])) if len(filters) == 4 else None
 
 
-def first_of(bound: Mapping[str, object], *names: str) -> object | None:
-    """The first of the named arguments that is there."""
+def first_of(bound: Mapping[str, Any], *names: str) -> Any:
+    """The first of the named arguments that is there, or None."""
     return next((bound[name] for name in names if bound.get(name) is not None), None)

@@ -42,7 +42,8 @@ NETWORK_COLOUR = "#1f4e9c"
 
 
 class HasAbsent(Protocol):
-    absent: dict[str, str]
+    @property
+    def absent(self) -> dict[str, str]: ...
 
 
 def device_name(device: torch.device) -> str:
@@ -169,7 +170,7 @@ def network_table(outcomes: Sequence[Outcome]) -> str:
     """One line per case and contestant; "peak" is of the contestant's process."""
     rows = []
     for o in outcomes:
-        case = (o.case.subject, o.case.mode, o.case.dtype, str(o.batch))
+        case: tuple[str, ...] = (o.case.subject, o.case.mode, o.case.dtype, str(o.batch))
         verdict = str(o.check)
         for name in entered([o]):
             peak = f"{o.race.peak[name] / 1e9:.2f}" if name in o.race.peak else ""

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,7 @@ def draw(index: int) -> Tensor:
 
 def deterministic(network: nn.Module) -> None:
     """Drop nothing, so that all copies see the same network."""
+    module: Any
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
             module.p = 0.0
@@ -166,12 +168,13 @@ def settle(network: nn.Module, x: Tensor) -> None:
     activations of a deep network would grow or vanish.
     """
 
-    def take_statistics(module: nn.Module, arguments: tuple[Tensor]) -> None:
+    def take_statistics(module: Any, arguments: tuple[Tensor]) -> None:
         module.running_mean.copy_(arguments[0].mean((0, 2, 3)))
         module.running_var.copy_(arguments[0].var((0, 2, 3)))
 
     generator = torch.Generator().manual_seed(1)
     momenta, handles = {}, []
+    module: Any
     for module in network.modules():
         if not is_norm(module):
             continue
@@ -330,7 +333,7 @@ def records(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
     versions = {library: metadata.version(library) for library in {o.case.library for o in outcomes}}
     found = []
     for o in outcomes:
-        record: dict[str, object] = {
+        record: dict[str, Any] = {
             "subject": str(o.case),
             "version": versions[o.case.library],
             "arguments": o.case.arguments,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class _Block(torch.autograd.Function):
     """``apply(plan, x, shortcut, *tensors)``: seven tensors per unit in the order of :class:`Conv`, :class:`Norm`."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> Tensor:
         z, kept = block.forward(plan, x, shortcut, tensors)
         mask = z if plan.keeps_z else None
         ctx.save_for_backward(x, mask, *kept.outputs, *kept.coefficients, *kept.weights, *learnt(tensors))
@@ -35,7 +36,7 @@ class _Block(torch.autograd.Function):
         return z
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         count = len(plan.units)
         x, z, *saved = ctx.saved_tensors
@@ -84,7 +85,7 @@ def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
         masked = torch.where(z <= 0, torch.zeros_like(grad), grad)
     inputs = [None, x, None, *(t for p in parameters for t in (*p, None, None, None))]
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-    found = ()
+    found: tuple[Tensor, ...] = ()
     if wanted:
         found = torch.autograd.grad(out, [inputs[i] for i in wanted], masked, create_graph=again, allow_unused=True)
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
@@ -105,13 +106,13 @@ def residual(
 ) -> Tensor:
     """Run a block through the fused Function; arguments as in :func:`resnet_fused.functional.residual`."""
     join = Join.of(x, shortcut)
-    chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
+    chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
     if not any(u.norm is not None and u.norm.batch_statistics for u in chain):
-        given = (x, shortcut) if join is Join.TENSOR else (x,)
+        given: tuple[Any, ...] = (x, shortcut) if join is Join.TENSOR else (x,)
         given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *(u.norm or ())[:2]))
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
             return inference.residual(x, units, shortcut, relu)
-    external = shortcut if join is Join.TENSOR else None
+    external: Any = shortcut if join is Join.TENSOR else None
     minimal = memory == "minimal"
     if torch.compiler.is_compiling():
         return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)

@@ -14,7 +14,7 @@ the gradient in between exists in memory. Both kinds mix within a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from torch import Tensor
 from resnet_fused import inference, ops
 from resnet_fused.choice import Use
 from resnet_fused.opaque import LEARNT_PER_UNIT, TENSORS_PER_UNIT
-from resnet_fused.units import Conv, Join, Norm, Unit
+from resnet_fused.units import NO_CONV, Join, Norm, Unit
+
+# A tensor where the plan has one, else None: a type checker can't tell where that is.
+_Planned = Any
 
 
 class UnitPlan(NamedTuple):
@@ -41,7 +44,7 @@ class UnitPlan(NamedTuple):
     normalises: bool  # False: a convolution alone, the last of its chain
 
     @property
-    def geometry(self) -> tuple[tuple[int, int], ...]:
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Of a native convolution."""
         return self.stride, self.padding, self.dilation
 
@@ -87,7 +90,7 @@ class Plan(NamedTuple):
 
 def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[UnitPlan, tuple[Tensor | None, ...]]:
     conv, norm = u
-    c = conv if conv is not None else Conv(None)
+    c = conv if conv is not None else NO_CONV
     n = norm if norm is not None else _NO_NORM
     plan = UnitPlan(
         conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
@@ -108,7 +111,7 @@ def _activation(source: _Source) -> Tensor:
 
 
 def _convolve(
-    plan: UnitPlan, source: _Source, weight: Tensor | None, bias: Tensor | None
+    plan: UnitPlan, source: _Source, weight: _Planned, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution's output and, if it leaves them, the output's statistics."""
     if plan.native_fprop:
@@ -120,7 +123,7 @@ def _convolve(
     return ops.convolution(x, weight, bias, *plan[1:5]), None
 
 
-def _normalise(plan: UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[Tensor | None]) -> Tensor:
+def _normalise(plan: UnitPlan, y: Tensor, statistics: Tensor | None, norm: Sequence[_Planned]) -> Tensor:
     weight, bias, running_mean, running_var, num_batches_tracked = norm
     if not plan.normalises:
         table = y.new_zeros((4, y.shape[1]), dtype=ops.acc_dtype(y.dtype))
@@ -221,7 +224,8 @@ def forward(
     """The block's output. ``tensors``: seven per unit in the order of :class:`Conv` and :class:`Norm`."""
     units = [tensors[i : i + TENSORS_PER_UNIT] for i in range(0, len(tensors), TENSORS_PER_UNIT)]
     weights = [plan.weight(i, x, u[0]) for i, u in enumerate(units)]
-    outputs, coefficients = [], []
+    outputs: list[Tensor] = []
+    coefficients: list[Tensor] = []
     for i, (unit, tensor) in enumerate(zip(plan.units, units, strict=True)):
         source = (x, None) if plan.reads_input(i) else (outputs[-1], coefficients[-1])
         y, statistics = _convolve(unit, source, weights[i], tensor[1])
@@ -230,7 +234,7 @@ def forward(
 
     last = plan.last
     if plan.join is Join.PROJECTION:
-        join = (outputs[plan.projection], coefficients[plan.projection])
+        join: tuple[Tensor | None, Tensor | None] = (outputs[plan.projection], coefficients[plan.projection])
     else:
         join = (x if plan.join is Join.IDENTITY else shortcut, None)
     if plan.ends_in_convolution and plan.join is Join.NONE:
@@ -249,27 +253,28 @@ def forward(
 
 def backward(
     plan: Plan,
-    needs: Sequence[bool],
+    needs: Sequence[Any],
     grad: Tensor,
     x: Tensor,
     z: Tensor | None,
     kept: Kept,
-    parameters: Sequence[Sequence[Tensor | None]],
+    parameters: Sequence[Sequence[_Planned]],
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:
     """The gradients with respect to the input, the shortcut and each unit's parameters.
 
     Args:
-        needs: which of them: the input's, the shortcut's, four per unit.
+        needs: booleans, which of them: the input's, the shortcut's, four per unit.
         z: the block's output if the plan keeps it.
         parameters: four per unit: the convolution's weight and bias, the batch norm's weight and bias.
     """
     count = len(plan.units)
-    outputs, coefficients = list(kept.outputs), kept.coefficients
+    outputs: list[_Planned] = list(kept.outputs)
+    coefficients = kept.coefficients
     if not plan.units[0].convolves:
         outputs[0] = x  # only the first unit may come without a convolution
     need_x, need_shortcut, *needed = needs
     needs = per_unit(needed)
-    weights = [
+    weights: list[_Planned] = [
         w if w is not None else plan.weight(i, x, p[0])
         for i, (w, p) in enumerate(zip(kept.weights, parameters, strict=True))
     ]
@@ -337,7 +342,9 @@ def backward(
         return dx, None if table is None else sums
 
     # The join.
-    a = None
+    a: Tensor | None = None
+    masked: _Planned
+    gradient: Any  # of a convolution's output: in parts, or a tensor
     # Where only the mask matters, z stands for the tensors that were joined: their values are not read.
     only_mask = plan.keeps_z and not plan.reads_joined
     if only_mask:
@@ -350,7 +357,8 @@ def backward(
             a = _activation(read)
             read = (a, None)
         y, _ = _convolve(plan.units[last], read, weights[last], parameters[last][1])
-    grad_shortcut = grad_x = None
+    grad_shortcut: Tensor | None = None
+    grad_x: _Planned = None
     if plan.join is Join.PROJECTION:
         s = z if only_mask else outputs[projection]
         if s is None:
@@ -418,8 +426,8 @@ def backward(
         else:
             gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
 
-    # The chain. `gradient` is that of unit i's output: in parts, or a tensor.
-    grad_a = None
+    # The chain. `gradient` is that of unit i's output.
+    grad_a: _Planned = None
     for i in range(last, -1, -1):
         need_input = need_x or any(any(n) for n in needs[:i])
         # A pass over the values in front of a ReLU writes the activation, too: wgrad, which reads it, comes after that.
@@ -447,8 +455,8 @@ def backward(
         if i == 0 or not need_input:
             break
         unit, below = plan.units[i - 1], outputs[i - 1]
-        masked = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
-        if not masked:
+        stopped = sums is not None  # a native dgrad stops the gradient at the ReLU and sums it
+        if not stopped:
             if not unit.native:
                 grad_a = ops.dense(grad_a)
             # A native convolution takes the masked gradient; else the mask is applied with the coefficients.
@@ -460,11 +468,11 @@ def backward(
                 if delayed:
                     library_backward(i, gradient, a, False, True)
                 gradient = a = None
-            masked = unit.native
-            grad_a = written if masked else grad_a
+            stopped = unit.native
+            grad_a = written if stopped else grad_a
         b = norm_backward(i - 1, sums, 0, below)
         gradient = _Gradient(
-            grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not masked, own=True
+            grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not stopped, own=True
         )
     if not need_x:
         grad_a = None
@@ -488,7 +496,8 @@ def choose(
 
     ``reads``: :func:`reads_joined`.
     """
-    units, tensors = [], []
+    units: list[UnitPlan] = []
+    tensors: list[Tensor | None] = []
     for u in chain:
         # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
         # gradient as it comes, which is the library's business.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,7 @@ def residual(
     """A block, of whose ``units`` the last is the projection if there is one, where torch.compile traces."""
     reads = block.reads_joined(units, join, relu)
     call = (minimal, cast_weights, reads, *opaque.describe(units), current_engine(), join.value, relu)
-    tensors = opaque.tensors_of(units)
+    tensors: list[Any] = opaque.tensors_of(units)
     z, *updated = _Block.apply(call, x, shortcut, *tensors)
     with torch.no_grad():
         for i, t in zip(_running(tensors, units), updated, strict=True):

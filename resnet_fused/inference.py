@@ -86,6 +86,7 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, overwrite:
     """``relu(norm(conv(x)) + shortcut)``: the one place where an implementation is chosen."""
     conv, norm = unit
     if conv is None:
+        assert norm is not None
         return ops.bn_apply(x, _coefficients(norm, x.dtype), shortcut, None, relu)
     if norm is None and conv.packed is not None:
         z = conv.packed.convolve(x, conv, shortcut, relu, overwrite)
@@ -111,6 +112,7 @@ def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, overwrite:
 
 
 def _coefficients(n: Norm, dtype: torch.dtype) -> Tensor:
+    assert n.running_mean is not None and n.running_var is not None
     return ops.bn_coefficients(n.running_mean, n.running_var, n.weight, n.bias, n.eps, dtype)
 
 
@@ -129,7 +131,7 @@ def _affine(norm: Norm | None, weight: Tensor, bias: Tensor | None, dtype: torch
 def _compiled(x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool) -> Tensor:
     """:func:`residual` as one operator."""
     join = Join.of(x, shortcut)
-    chain = (*units, shortcut) if join is Join.PROJECTION else tuple(units)
+    chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
     external = shortcut if join is Join.TENSOR else None
     return _block_inference(
         x, external, opaque.tensors_of(chain), *opaque.describe(chain), current_engine(), join.value, relu

@@ -8,6 +8,7 @@ about the layout of what they share.
 
 from __future__ import annotations
 
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -39,6 +40,6 @@ except ModuleNotFoundError as error:
         f"resnet_fused needs torch, which is not installed. Install it, then build resnet_fused {HOW_TO_BUILD}",
         name="torch",
     ) from None
-if not any(FOLDER.glob("_C.*")):
+if PathFinder.find_spec("resnet_fused._C", [str(FOLDER)]) is None:  # of this Python
     raise ImportError(f"resnet_fused's extension is not built in {FOLDER}. Build it, {HOW_TO_BUILD}")
 check_torch(torch.__version__, FOLDER / "built_against.txt")

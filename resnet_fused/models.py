@@ -67,9 +67,9 @@ class ResNet(nn.Module):
                 nn.init.constant_(m.bias, 0)
         if zero_init_residual:
             for m in self.modules():
-                if isinstance(m, Bottleneck) and m.bn3.weight is not None:
+                if isinstance(m, Bottleneck) and isinstance(m.bn3.weight, Tensor):
                     nn.init.constant_(m.bn3.weight, 0)
-                elif isinstance(m, BasicBlock) and m.bn2.weight is not None:
+                elif isinstance(m, BasicBlock) and isinstance(m.bn2.weight, Tensor):
                     nn.init.constant_(m.bn2.weight, 0)
         install(self, born_fused=True)
 

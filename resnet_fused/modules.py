@@ -51,8 +51,8 @@ class ConvBNAct2d(nn.Module):
     ):
         super().__init__()
         if padding is None:
-            kernel, spread = (v if isinstance(v, tuple) else (v, v) for v in (kernel_size, dilation))
-            padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, spread, strict=True))
+            (r, q), (dh, dw) = (v if isinstance(v, tuple) else (v, v) for v in (kernel_size, dilation))
+            padding = dh * (r - 1) // 2, dw * (q - 1) // 2
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = norm_layer(out_channels)
         self.relu = relu

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.engine import engine, without_autocast
-from resnet_fused.units import Conv, Join, Norm, Unit, output_plane
+from resnet_fused.units import NO_CONV, Conv, Join, Norm, Unit, output_plane
 
 TENSORS_PER_UNIT = 7  # in the order of Conv and Norm
 LEARNT_PER_UNIT = 4  # the first of them
@@ -48,7 +48,7 @@ def describe(units: Sequence[Unit]) -> Description:
     sizes: list[int] = []
     numbers: list[float] = []
     for conv, norm in units:
-        c = Conv(None) if conv is None else conv
+        c = NO_CONV if conv is None else conv
         n = Norm(None, None) if norm is None else norm
         sizes += [conv is not None, norm is not None, *c.stride, *c.padding, *c.dilation, c.groups]
         sizes += [n.batch_statistics, n.momentum is not None]
@@ -66,19 +66,20 @@ def restore(tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Seq
         )
         momentum, eps = numbers[i * _NUMBERS_PER_UNIT : (i + 1) * _NUMBERS_PER_UNIT]
         pairs = (tuple(geometry[j : j + 2]) for j in (0, 2, 4))
-        conv = Conv(*own[:2], *pairs, groups) if convolves else None
-        norm = Norm(*own[2:], bool(batch_statistics), momentum if tracks else None, eps) if normalises else None
+        conv = Conv._make((*own[:2], *pairs, groups, None)) if convolves else None
+        settings = (bool(batch_statistics), momentum if tracks else None, eps)
+        norm = Norm._make((*own[2:], *settings)) if normalises else None
         units.append(Unit(conv, norm))
     return units
 
 
-def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], Callable]:
+def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Registers the decorated function as operator ``name`` of a block: ``arguments``, then what describes the block.
 
     The function takes them all and is called under the engine that they name, without autocast.
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable) -> torch.library.CustomOpDef:
         def run(x, *given):
             chosen = given[-3]
             with engine(chosen), without_autocast(x.device.type):

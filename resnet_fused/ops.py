@@ -392,7 +392,8 @@ def native_reason(
     if x.device.type == "cpu":
         if not _CPU_MULTIPLIES[x.dtype]:
             return f"this processor or PyTorch has no microkernel for {x.dtype}"
-    elif x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+    # cudnn.conv is an attribute that torch's annotations lack.
+    elif x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
         return "float32, and torch.backends.cudnn.conv.fp32_precision does not allow TF32"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
@@ -494,7 +495,7 @@ def conv_dgrad(
     y: Tensor | None,
     backward_coefficients: Tensor | None,
     weight: Tensor,
-    input_plane: tuple[int, int],
+    input_plane: Sequence[int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -560,7 +561,7 @@ if _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported():
 
 def has_fused_convolution(dtype: torch.dtype) -> bool:
     """Whether this PyTorch carries oneDNN's convolution with fused post-ops for ``dtype`` on this processor."""
-    return dtype in _FUSED_DTYPES and torch.backends.mkldnn.enabled
+    return dtype in _FUSED_DTYPES and bool(torch.backends.mkldnn.enabled)
 
 
 def prepack_weight(
@@ -597,8 +598,7 @@ def fused_convolution(
     arguments = (weight, bias, padding, stride, dilation, groups)
     with _pooling(x):
         if shortcut is None:
-            activation = "relu" if relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(x, *arguments, activation, [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, *arguments, "relu" if relu else "none", [], "")
         activation = "relu" if relu else None
         if overwrite and shortcut is not x and shortcut.is_contiguous(memory_format=torch.channels_last):
             return torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -677,8 +677,8 @@ def _(x, coefficients, weight, affine, shortcut, relu, stride, padding, dilation
 
 
 def _conv_tiles(pass_: str, like: Tensor, *sizes) -> int:
-    sizes = ([int(v) for v in values] for values in sizes)
-    return _C.conv_tiles(like.device.type, _NATIVE_DTYPES[like.dtype], pass_, *sizes)
+    numbers = ([int(v) for v in values] for values in sizes)
+    return _C.conv_tiles(like.device.type, _NATIVE_DTYPES[like.dtype], pass_, *numbers)
 
 
 @_fake("conv_dgrad")

@@ -58,7 +58,10 @@ def bn_finalize(
         if num_batches_tracked is not None:
             num_batches_tracked += 1
         if running_mean is not None and running_var is not None:
-            factor = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+            factor = momentum
+            if factor is None:
+                assert num_batches_tracked is not None
+                factor = 1.0 / float(num_batches_tracked)
             running_mean.copy_((1 - factor) * running_mean + factor * mean)
             running_var.copy_((1 - factor) * running_var + factor * m2 / (count - 1))
     return _coefficients(mean, (m2 / count + eps).rsqrt(), weight, bias)
@@ -126,6 +129,7 @@ def bn_backward_reduce(
     g = _acc(masked)
     sums = [g.sum((0, 2, 3)), (g * (_acc(y) - _channels(coefficients[0]))).sum((0, 2, 3))]
     if shortcut_coefficients is not None:
+        assert shortcut is not None
         sums.append((g * (_acc(shortcut) - _channels(shortcut_coefficients[0]))).sum((0, 2, 3)))
     activation = bn_apply(y, coefficients, relu=True) if write_activation else y.new_empty(0)
     return (masked if write_grad else y.new_empty(0)), torch.stack(sums).unsqueeze(0), activation
@@ -168,6 +172,7 @@ def _statistics(y: Tensor, norm: Norm | None) -> Tensor:
         return torch.stack((zero, zero + 1, zero + 1, zero))
     if norm.batch_statistics:
         return bn_finalize(bn_statistics(y), *norm[:5], norm.momentum, norm.eps)
+    assert norm.running_mean is not None and norm.running_var is not None
     return bn_coefficients(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, y.dtype)
 
 

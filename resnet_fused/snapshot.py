@@ -25,7 +25,7 @@ class Packed:
     replaced or loaded, and in copies and pickles; it does not see other writes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._source: list[tuple] = []
         self._kept: list[torch.UntypedStorage] = []
         self._made: dict[tuple, tuple[Tensor, Tensor | None]] = {}
@@ -61,7 +61,7 @@ class Packed:
             if x.dtype != torch.float32 or weight.dtype != x.dtype or x.numel() < _REORDERED * weight.numel():
                 return None
             return ops.fused_convolution(x, weight, bias, *geometry, conv.groups, shortcut, relu)
-        found = self._get(
+        packed, cast_bias = self._get(
             (x.dtype, "oneDNN"),
             weight,
             bias,
@@ -71,7 +71,7 @@ class Packed:
                 None if bias is None else bias.detach().to(x.dtype),
             ),
         )
-        return ops.fused_convolution(x, *found, *geometry, conv.groups, shortcut, relu, overwrite)
+        return ops.fused_convolution(x, packed, cast_bias, *geometry, conv.groups, shortcut, relu, overwrite)
 
     def _get(self, key: tuple, weight: Tensor, bias: Tensor | None, make: Callable[[], tuple]) -> tuple:
         """What ``make`` made under ``key`` of these very tensors."""

@@ -222,5 +222,5 @@ def compare_modules(fused, eager, x, *, autocast=None, gradients=True, reference
     """
     if reference is None:
         reference = observe_reference(eager, x, gradients=gradients)
-    seen = [observe(m, x, autocast=autocast, gradients=gradients) for m in (fused, eager)]
-    return compare_observations(*seen, reference, precision=autocast or x.dtype)
+    of_fused, of_eager = (observe(m, x, autocast=autocast, gradients=gradients) for m in (fused, eager))
+    return compare_observations(of_fused, of_eager, reference, precision=autocast or x.dtype)

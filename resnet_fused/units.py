@@ -35,6 +35,10 @@ class Conv(NamedTuple):
     packed: Packed | None = None
 
 
+# In the place of a convolution that is not there: without a weight.
+NO_CONV = Conv._make((None, *Conv._field_defaults.values()))
+
+
 def is_channels_last(t: Tensor) -> bool:
     """Whether ``t`` is channels_last and not, as with one channel or one pixel, contiguous as well."""
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()

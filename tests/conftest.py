@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from simulator import simulated
-from thinning import covering
+from thinning import covering, reason_to_skip
 
 import resnet_fused
 
@@ -19,12 +19,34 @@ collect_ignore = ["gpusim"]  # the simulator's own tests run on it: make test-gp
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    skip_impossible(items)
     mark_further(items)
     skip_cuda(items)
 
 
+def skip_impossible(items):
+    """Skips the cases that can't run here, before others are chosen to cover the values of parameters."""
+    for item in items:
+        reason = reason_to_skip(item)
+        if reason is None and "sim_counters" in item.fixturenames and not simulated():
+            reason = "counts on the simulator only: make test-cuda"
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A case that skips itself may have been chosen to stand for others: then nothing did what it should."""
+    report = yield
+    declared = item.get_closest_marker("skip") or item.get_closest_marker("skipif")
+    if report.skipped and hasattr(item, "callspec") and not declared and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid}: a case of several skips by its mark skip_where, not while it runs"
+    return report
+
+
 def mark_further(items):
-    """Marks as `further` the cases of a test, on each device, beyond a few that cover them."""
+    """Marks as `further` the cases of a test, on each device, beyond a few that cover them, of those that can run."""
     tests = defaultdict(list)
     for item in items:
         slow = item.get_closest_marker("slow")
@@ -33,10 +55,12 @@ def mark_further(items):
         if not slow and hasattr(item, "callspec"):
             tests[item.nodeid.split("[")[0], item.get_closest_marker("cuda") is not None].append(item)
     for cases in tests.values():
-        values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+        possible = [case for case in cases if not case.get_closest_marker("skip")] or cases
+        values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in possible]
         chosen = covering(values, together=1 if cases[0].get_closest_marker("each_value") else 2)
-        for i, case in enumerate(cases):
-            if i not in chosen:
+        kept = {possible[i] for i in chosen}
+        for case in cases:
+            if case not in kept:
                 case.add_marker("further")
 
 
@@ -79,8 +103,6 @@ def sim_counters():
 
     They are exact and repeatable; tests/gpusim/README.md explains them.
     """
-    if not simulated():
-        pytest.skip("counts on the simulator only: make test-cuda")
     import gpusim
 
     return gpusim.count

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from benchmarking import results
+from thinning import missing
 from torch import nn
 
 from benchmarks import (
@@ -151,10 +152,9 @@ def test_which_peers_take_part():
     assert named("inference", "bfloat16") == ("compiled", "openvino")
 
 
+@pytest.mark.skip_where(reason=lambda name: missing("onnx", "onnxscript", name))
 @pytest.mark.parametrize(("name", "dtype"), [("onnxruntime", "float32"), ("openvino", "float32")])
 def test_a_runtime_computes_what_the_network_does(name, dtype, tmp_path):
-    for module in ("onnx", "onnxscript", name):
-        pytest.importorskip(module)
     stored = entrant.Stored(tmp_path)
     images = photographs(2, 64)
     network = networks.build("resnet18", images)

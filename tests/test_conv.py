@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from native import needs_native
 from pairs import PAIRS, assert_policy
 from simulator import needs_tensor_cores
 from torch import nn
@@ -38,13 +39,6 @@ def device(request):
 def dtype_of(device):
     """One that the device's native convolutions take."""
     return torch.float16 if device.type == "cuda" else torch.float32
-
-
-def needs(device, dtype):
-    """Skips what the processor at hand does not multiply."""
-    x = torch.empty(1, 8, 1, 1, dtype=dtype, device=device)
-    if device.type == "cpu" and (reason := ops.native_reason(x, x, (1, 1), (0, 0), (1, 1), 1)):
-        pytest.skip(reason)
 
 
 # (N, C, H, W, K, filter, stride, padding, dilation)
@@ -116,7 +110,6 @@ class Case:
     """The tensors of one convolution, on the CPU, and what float64 makes of them; arguments on the device."""
 
     def __init__(self, geometry, dtype, prologue, device):
-        needs(device, dtype)
         self.device = device
         n, c, h, w, k, taps, *rest = geometry
         self.filter, self.geometry = two(taps), tuple(two(v) for v in rest)
@@ -172,12 +165,16 @@ def assert_near(actual, expected, dtype):
 
 
 @pytest.fixture(params=[*GEOMETRIES, *CPU_GEOMETRIES])
-def geometry(request, device):
-    if request.param in GEOMETRIES:
-        return GEOMETRIES[request.param]
-    if device.type == "cuda":
-        pytest.skip("channels and strides that are native on the CPU only")
-    return CPU_GEOMETRIES[request.param]
+def geometry(request):
+    return (GEOMETRIES | CPU_GEOMETRIES)[request.param]
+
+
+def on_the_cpu_only(device=None, geometry=None):
+    """Channels and strides that no other device takes."""
+    return "native on the CPU only" if device == "cuda" and geometry in CPU_GEOMETRIES else None
+
+
+pytestmark = [needs_native, pytest.mark.skip_where(reason=on_the_cpu_only)]
 
 
 @pytest.mark.parametrize("prologue", [False, True])
@@ -375,7 +372,6 @@ ONE = ((1, 1), (0, 0), (1, 1))
 @pytest.fixture
 def ones(device):
     """Makes tensors of a dtype that the device's native convolutions take."""
-    needs(device, dtype_of(device))
     return lambda *shape: torch.ones(shape, dtype=dtype_of(device), device=device)
 
 
@@ -483,7 +479,6 @@ def launches(call):
 @pytest.mark.parametrize("name", PAIRS)
 def test_blocks(device, name, training, dtype, memory):
     """Also where only some of a block's convolutions are native: grouped ones stay the library's."""
-    needs(device, dtype)
     channels, build = PAIRS[name]
     fused, eager = build()
     rf.set_memory(fused, memory)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from native import needs_native, not_multiplied
 from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -23,10 +24,7 @@ def channels_last(*shape, dtype=torch.float32):
     return torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
 
 
-def needs(dtype):
-    x = torch.empty(1, 8, 1, 1, dtype=dtype)
-    if reason := ops.native_reason(x, x, (1, 1), (0, 0), (1, 1), 1):
-        pytest.skip(reason)
+pytestmark = needs_native
 
 
 @pytest.fixture
@@ -73,7 +71,6 @@ def all_passes(name, dtype):
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_is_left_in_the_scratch(name, dtype):
     """The memory pool's blocks of all sizes hold NaNs when a convolution takes them, and nobody reads them."""
-    needs(dtype)
     run = all_passes(name, dtype)
     expected = run()
     sizes = [int(2**18 * 1.1**i) for i in range(36)]  # values, from 1 MiB on
@@ -87,7 +84,6 @@ def test_nothing_is_left_in_the_scratch(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_same_bits_for_any_number_of_threads(threads, name, dtype):
-    needs(dtype)
     run = all_passes(name, dtype)
 
     found = []
@@ -134,23 +130,23 @@ def run_passes(**environment):
     return instruction_set, bfloat16
 
 
+def not_built(expected):
+    return None if expected in rf.build_info()["cpu_instruction_sets"] else f"built without {expected}"
+
+
+@pytest.mark.skip_where(reason=not_built)
 @pytest.mark.parametrize(("capability", "expected"), [("default", "baseline"), ("avx2", "avx2")])
 def test_every_instruction_set(capability, expected):
-    needs(torch.float32)
-    if expected not in rf.build_info()["cpu_instruction_sets"]:
-        pytest.skip(f"built without {expected}")
     assert run_passes(ATEN_CPU_CAPABILITY=capability)[0] == expected
 
 
 def test_a_processor_that_does_not_multiply_bfloat16_says_so():
-    needs(torch.float32)
     assert "no microkernel for torch.bfloat16" in run_passes(ONEDNN_MAX_CPU_ISA="AVX2")[1]
 
 
 @pytest.mark.parametrize(("channels", "plane"), [(64, 56), (128, 28)])
 def test_large_tiles_are_as_exact_as_policy_asks(channels, plane):
     """Winograd's 4x4 tiles against float64 and eager, behind a ReLU as in a network."""
-    needs(torch.float32)
     x = channels_last(3, channels, plane, plane).relu_()
     weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
     exact = torch.conv2d(x.double(), weight.double(), padding=1)
@@ -168,7 +164,6 @@ def test_large_tiles_are_as_exact_as_policy_asks(channels, plane):
 @pytest.mark.parametrize("plane", [8, 56])
 def test_what_is_not_finite_stays_in_the_tiles_that_read_it(plane):
     """At least where eager has it, and no further than a tile of 4x4 results reaches."""
-    needs(torch.float32)
     x, weight = channels_last(2, 64, plane, plane), channels_last(64, 64, 3, 3)
     x[1, 5, plane // 2, 3] = float("inf")
     y, _ = ops.conv_fprop(x, None, weight, None, *GEOMETRY)
@@ -182,7 +177,6 @@ def test_what_is_not_finite_stays_in_the_tiles_that_read_it(plane):
 @pytest.mark.parametrize("taps", [1, 3])
 def test_packed_weights(taps, dtype):
     """The same convolution for inputs of any size, whatever dtype the weight comes in."""
-    needs(dtype)
     geometry = ((1, 1), (taps // 2, taps // 2), (1, 1))
     weight, affine = channels_last(40, 24, taps, taps), torch.rand(4, 40)
     packed = ops.conv_pack(weight, dtype, *geometry)
@@ -236,7 +230,6 @@ def test_auto_follows_the_table(use, dtype):
 @pytest.mark.parametrize("engine", ["auto", "library", "native"])
 def test_the_engine_rules(engine):
     """auto leaves the stem's forward to the library, not its wgrad; the others are wholly one or the other."""
-    needs(torch.float32)
     unit = rf.ConvBNAct2d(3, 16, 7, 2).to(memory_format=torch.channels_last)
     x = channels_last(2, 3, 32, 32)
     with rf.engine(engine), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -246,9 +239,9 @@ def test_the_engine_rules(engine):
     assert ("resnet_fused::conv_wgrad" in names) == (engine != "library")
 
 
+@pytest.mark.skip_where(reason=lambda: not_multiplied(dtype=torch.bfloat16))
 def test_autocast_casts_no_weight_of_a_native_convolution():
     """It is rounded while it is packed: to the same bits, without a copy."""
-    needs(torch.bfloat16)
     block = rf.Bottleneck(32, 8).to(memory_format=torch.channels_last)
     x = channels_last(2, 32, 6, 6, dtype=torch.bfloat16)
     with rf.engine("native"), torch.autocast("cpu", torch.bfloat16):

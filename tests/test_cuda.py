@@ -292,9 +292,8 @@ def test_devices_that_differ():
         block(y)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
 def test_second_device(placement):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU only")
     block = BLOCKS["bottleneck"]()
     x = torch.randn(2, 16, 6, 6)
     results = []

@@ -131,11 +131,14 @@ def folded():
     return rf.fold(nontrivial(torchvision.models.resnet18(num_classes=4)).eval())
 
 
+def not_fused(dtype):
+    return None if ops.has_fused_convolution(dtype) else f"this processor's oneDNN does not fuse {dtype}"
+
+
+@pytest.mark.skip_where(reason=not_fused)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constants_are_packed_once_per_dtype(folded, layout, dtype, monkeypatch):
-    if not ops.has_fused_convolution(dtype):
-        pytest.skip("this processor's oneDNN does not fuse")
     calls = []
     prepack = ops.prepack_weight
     monkeypatch.setattr(ops, "prepack_weight", lambda *a: calls.append(1) or prepack(*a))

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from thinning import missing
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from user_models import OWN_BLOCKS, nontrivial
@@ -85,12 +86,10 @@ def test_quantizable_network():
     torch.testing.assert_close(torch.jit.script(model)(x), eager(x))
 
 
+@pytest.mark.skip_where(reason=lambda dynamo: missing("onnx", "onnxruntime", *["onnxscript"] * dynamo))
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx(tmp_path, dynamo, training):
-    pytest.importorskip("onnx")
-    if dynamo:
-        pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     eager = network().eval()
     path = tmp_path / "model.onnx"

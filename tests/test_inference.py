@@ -67,7 +67,8 @@ def test_what_is_not_finite_is_not_hidden(x, where, value, layout, dtype):
     with torch.no_grad():
         if where == "overflow":  # within the convolution, from finite values
             x.zero_()  # else whether a part of a sum overflows, and which way, hangs on the order
-            unit.conv.weight[1, ::2], unit.conv.weight[1, 1::2] = 1e38, -1e38 if value != value else 1e38
+            # In halves: some processors add two neighbours' products exactly, where opposite ones would vanish.
+            unit.conv.weight[1, :4], unit.conv.weight[1, 4:] = 1e38, -1e38 if value != value else 1e38
             x[0, :, 2, 2] = 1e38 if value != value else value
         elif where == "running_mean":
             unit.bn.running_mean[1] = value
@@ -152,11 +153,10 @@ UNCOUNTED = {  # writes that raise no version counter, or that of another tensor
 HOST = {"numpy", "dlpack", "buffer", "pointer"}
 
 
+@pytest.mark.skip_where(reason=lambda device, name: "memory of the host" if name in HOST and device != "cpu" else None)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("name", UNCOUNTED)
 def test_what_no_version_counter_tells_shows_at_once(block, x, name, layout):
-    if name in HOST and x.device.type != "cpu":
-        pytest.skip("memory of the host")
     block, x = block.to(memory_format=layout), x.to(memory_format=layout)
     with torch.no_grad():
         before = block(x)
@@ -167,9 +167,7 @@ def test_what_no_version_counter_tells_shows_at_once(block, x, name, layout):
     torch.testing.assert_close(after, eager(block, x), atol=1e-4, rtol=1e-4)
 
 
-def test_weights_in_the_memory_of_an_array(device):
-    if device.type != "cpu":
-        pytest.skip("memory of the host")
+def test_weights_in_the_memory_of_an_array():
     unit = rf.ConvBNAct2d(8, 8).eval()
     array = np.random.default_rng(0).standard_normal((8, 8, 3, 3), dtype=np.float32)
     unit.conv.weight.data = torch.from_numpy(array)

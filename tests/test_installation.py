@@ -2,7 +2,9 @@
 # Copyright (c) the resnet_fused authors
 """What importing the package says where it can't work."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +60,16 @@ def test_no_torch(copied):
 
 def test_no_extension(copied):
     assert "extension is not built" in copied()
+
+
+def test_annotations_are_of_what_the_extension_has():
+    extension = resnet_fused._C
+    annotated = {node.name: node for node in ast.parse((PACKAGE / "_C.pyi").read_text()).body if hasattr(node, "name")}
+    assert {*annotated} == {name for name in vars(extension) if not name.startswith("_")}
+    for name, node in annotated.items():
+        if isinstance(node, ast.FunctionDef):
+            signature = getattr(extension, name).__doc__.partition(" -> ")[0]  # conv_tiles(arg0: str, arg1: ...)
+            assert len(node.args.posonlyargs) == len(re.findall(r"arg\d+:", signature)), name
 
 
 @pytest.mark.parametrize(("built", "installed"), [("2.14.1", "2.14.0+cu130"), ("2.14.0a0+git0123abc", "2.14.1")])

@@ -3,9 +3,16 @@
 """What `make test` leaves to `make test-all`."""
 
 import itertools
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
-from thinning import covering
+import pytest
+from thinning import covering, missing
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_pair_of_values_is_covered():
@@ -41,3 +48,54 @@ def test_combinations_that_do_not_exist_are_not_missed():
 def test_the_choice_does_not_change():
     cases = [dict(zip("abcd", values, strict=True)) for values in itertools.product("12", repeat=4)]
     assert covering(cases) == covering(list(cases))
+
+
+def test_what_is_missing_is_named():
+    assert missing("itertools", "torch") is None
+    assert missing("torch", "no_such_module", "nor_this") == "needs no_such_module, nor_this"
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A function that runs the cases of some code that `make test` would: what each came to, by its parameters."""
+
+    def run(code):
+        file = tmp_path / "test_of_some_cases.py"
+        file.write_text(f"import pytest\n{code}")
+        environ = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-p", "conftest", "-c", ROOT / "pyproject.toml", "-v", "--rootdir"]
+        command += [tmp_path, "-p", "no:cacheprovider", "-m", "not slow and not further", file]
+        lines = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+        found = [line.split()[:2] for line in lines if "::" in line and "%]" in line]
+        return {name.partition("[")[2].rstrip("]"): outcome for name, outcome in found}
+
+    return run
+
+
+def test_a_case_that_cannot_run_stands_for_none(quick):
+    outcomes = quick("""
+@pytest.mark.skip_where(reason=lambda a: "none of these" if a == 1 else None)
+@pytest.mark.skip_where(reason=lambda b, a: "nor these" if (a, b) == (2, "x") else None)
+@pytest.mark.each_value
+@pytest.mark.parametrize("a", [1, 2, 3])
+@pytest.mark.parametrize("b", ["x", "y"])
+def test(a, b):
+    assert a > 1
+""")
+    assert outcomes == {"x-3": "PASSED", "y-2": "PASSED"}
+
+
+def test_a_case_that_skips_while_it_runs_fails(quick):
+    assert quick("""
+@pytest.mark.parametrize("a", [1, 2])
+def test(a):
+    if a == 1:
+        pytest.skip("says so late")
+""") == {"1": "FAILED", "2": "PASSED"}
+
+
+def test_a_test_of_one_case_may_skip_while_it_runs(quick):
+    assert quick("""
+def test():
+    pytest.skip("stands for itself alone")
+""") == {"": "SKIPPED"}

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What `make test` leaves to `make test-all`: further cases of a parametrised test, and those that take long."""
+"""What `make test` leaves to `make test-all`: further cases of a parametrised test, and those that take long. And which
+cases can't run here, so that others are chosen."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 import pytest
 
@@ -34,3 +37,23 @@ def covering(cases: Sequence[dict[str, str]], together: int = 2) -> set[int]:
 def slow_but(quick: Sequence[str], names: Iterable[str], reason: str) -> list:
     """``names`` as a test's parameters, all but ``quick`` marked as slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow(reason=reason)) for name in names]
+
+
+def reason_to_skip(item: pytest.Item) -> str | None:
+    """Why a case can't run here, by its marks ``skip_where(reason=function)``; None if it can.
+
+    The function is called with those of the case's parameters that it takes, and returns a reason or None.
+    """
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    for mark in item.iter_markers("skip_where"):
+        function = mark.kwargs["reason"]
+        taken = inspect.signature(function).parameters
+        if reason := function(**{name: value for name, value in given.items() if name in taken}):
+            return reason
+    return None
+
+
+def missing(*modules: str) -> str | None:
+    """That one of them is not installed, or None."""
+    absent = [module for module in modules if find_spec(module) is None]
+    return f"needs {', '.join(absent)}" if absent else None

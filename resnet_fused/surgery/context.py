@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
@@ -42,7 +44,7 @@ def is_tensor(x: object) -> bool:
     return type(x) in _ORDINARY
 
 
-def fusible(x: object) -> bool:
+def fusible(x: Any) -> bool:
     """Whether the kernels take ``x``; eager raises, or does nothing, where they do not."""
     if torch.compiler.is_compiling():
         return isinstance(x, Tensor) and ops.has_kernels(x.device) and x.dim() == 4 and x.dtype in DTYPES

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
 def _unit(pair: Pair, dtype: torch.dtype, autocast: bool) -> Unit | None:
     """The data of a pair, or None where eager raises or computes in another dtype."""
     conv, norm = pair
-    c = n = None
+    c = None
+    n: Any = None
     channels = None
     if conv is not None:
         c = conv_of(conv)
@@ -120,7 +122,8 @@ def run_block(
             return None
     elif units[0].conv.weight.shape[1] * units[0].conv.groups != x.shape[1]:
         return None  # eager's error
-    projection = joined = None
+    projection: Any = None
+    joined: Any = None
     if isinstance(shortcut, Pair):
         projection = _unit(shortcut, dtype, autocast)
         if projection is None or projection.conv.weight.shape[1] * projection.conv.groups != x.shape[1]:
@@ -133,7 +136,7 @@ def run_block(
             return None  # eager broadcasts, or raises
     chain = [*units, projection] if projection is not None else units
     bare, frozen = False, True
-    tensors = []
+    tensors: list[Tensor | None] = []
     for i, (c, n) in enumerate(chain):
         if c is not None:
             tensors += c[:2]
@@ -160,5 +163,5 @@ def run_block(
         return autograd.residual(cast, units, joined, relu, memory, autocast)
 
 
-def _has_channels(norm: Norm, channels: int) -> bool:
+def _has_channels(norm: Any, channels: int) -> bool:
     return all(t is None or t.shape[0] == channels for t in norm[:4])

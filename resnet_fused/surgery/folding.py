@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -37,13 +38,17 @@ def fold(model: nn.Module) -> nn.Module:
     check_model(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     # In evaluation a SyncBatchNorm is a batch norm; those that are not folded get their class back.
-    synchronised = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]
+    synchronised: list[nn.Module] = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]
     for module in synchronised:
         module.__class__ = nn.BatchNorm2d
     fuse(model)
-    owners = [(m, name, child) for m in model.modules() for name, child in m._modules.items()]
+    owners: list[tuple[nn.Module, str, Any]] = [
+        (m, name, child) for m in model.modules() for name, child in m._modules.items()
+    ]
     uses = Counter(id(child) for _, _, child in owners)
-    folded = {id(norm): (conv, norm) for conv, norm in _pairs(model) if uses[id(conv)] == uses[id(norm)] == 1}
+    folded: dict[int, tuple] = {
+        id(norm): (conv, norm) for conv, norm in _pairs(model) if uses[id(conv)] == uses[id(norm)] == 1
+    }
     for owner, name, child in owners:
         if id(child) in folded:
             _fold_pair(*folded[id(child)])
@@ -82,10 +87,11 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
             yield pair
 
 
-def _fold_pair(conv: nn.Conv2d, norm: nn.Module) -> None:
+def _fold_pair(conv: nn.Conv2d, norm: Any) -> None:
     dtype = conv.weight.dtype
     tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    weight, bias, mean, variance, gamma, beta = (None if t is None else t.detach().double() for t in tensors)
+    exact: Iterator[Any] = (None if t is None else t.detach().double() for t in tensors)
+    weight, bias, mean, variance, gamma, beta = exact
     weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, gamma, beta)
     conv.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     conv.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)

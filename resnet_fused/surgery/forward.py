@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from resnet_fused.surgery.layout import in_channels_last
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.recording import TENSOR, Left
 
-_ONE_TENSOR = ((TENSOR,), {})
+_ONE_TENSOR: tuple[tuple[Any, ...], dict[str, Any]] = ((TENSOR,), {})
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 # A module whose calls need more programs than this changes too often to be worth following.
 _MOST_PROGRAMS = 16
@@ -43,14 +44,14 @@ class FusedForward:
     def __init__(
         self, module: nn.Module, memory: str = "default", born_fused: bool = False, is_snapshot: bool = False
     ):
-        self._module = weakref.ref(module)
+        self._module: Callable[[], Any] = weakref.ref(module)
         self.memory = memory
         self.born_fused = born_fused
         self.active = True
         self.is_snapshot = is_snapshot
         self._programs: dict[tuple, list[Program | Left]] = {}
         self._count = 0
-        self._for_compiler: dict[tuple, Program | None] = {}
+        self._for_compiler: dict[tuple, Any] = {}  # programs, or None
 
     # Calls -----------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class FusedForward:
     def _record(self, module: nn.Module, key: object, pattern: tuple, training: bool) -> Program | Left:
         self._count += 1
         try:
-            program = Program(module, pattern, training, self.memory)
+            program: Program | Left = Program(module, pattern, training, self.memory)
         except Left as reason:
             program = Left(str(reason))  # without a traceback, which would hold the module
         modes = (training,) if isinstance(program, Left) or program.reads_training else (True, False)
@@ -173,7 +174,7 @@ class FusedForward:
         return FusedForward.__new__, (FusedForward,), (self._module(), self.memory, self.born_fused, self.is_snapshot)
 
     def __setstate__(self, state: tuple) -> None:
-        self.__init__(*state)
+        FusedForward.__init__(self, *state)
 
     def prepare_scriptable(self) -> nn.Module:
         """For TorchScript, which reads the source of forward: the module and those in it as they were."""

@@ -83,7 +83,7 @@ class Guards:
         """Nothing is added from now on."""
         del self._own
         parts = (self._items, self._types, self._classes, self._sizes, self._contents, self._plain, self._unhooked)
-        self._facts = tuple(tuple(part.values()) for part in parts)
+        self._facts: tuple[Any, ...] = tuple(tuple(part.values()) for part in parts)
         self._children = tuple(item for item in self._facts[0] if isinstance(item[2], nn.Module))
         plain = (bool, int, float, str)
         self._settings = tuple((key, v) for key, v in self._own_items.items() if isinstance(v, plain))

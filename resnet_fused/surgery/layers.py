@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +131,7 @@ def _genuine(module: nn.Module) -> bool:
 # Kinds of layers
 
 
-def is_relu(module: object) -> bool:
+def is_relu(module: Any) -> bool:
     """An ``nn.ReLU`` that does nothing else."""
     return _keeps(type(module), nn.ReLU) and is_plain(module)
 
@@ -142,7 +144,7 @@ def is_identity(module: nn.Module | None) -> bool:
     return empty and is_plain(module)
 
 
-def is_sequence(module: object) -> bool:
+def is_sequence(module: object) -> TypeGuard[nn.Sequential]:
     """An ``nn.Sequential`` that runs its children one after the other, hooked or not."""
     return _keeps(type(module), nn.Sequential)
 
@@ -171,7 +173,7 @@ def normalises_and_activates(module: object) -> bool:
     return cls.__name__ == "BatchNormAct2d" and cls.__module__.split(".")[0] == "timm"
 
 
-def conv_reason(module: object) -> str | None:
+def conv_reason(module: Any) -> str | None:
     """Why ``module`` cannot be fused as a convolution; None if it can."""
     cls = type(module)
     if not _keeps(cls, nn.Conv2d):
@@ -185,7 +187,7 @@ def conv_reason(module: object) -> str | None:
     return None
 
 
-def norm_reason(module: object) -> str | None:
+def norm_reason(module: Any) -> str | None:
     """Why ``module`` cannot be fused as a batch norm; None if it can."""
     cls = type(module)
     if not _keeps(cls, nn.BatchNorm2d):
@@ -200,12 +202,12 @@ def norm_reason(module: object) -> str | None:
 # Their data
 
 
-def _tensors(module: nn.Module, registered: dict[str, Tensor | None], *names: str) -> list[Tensor | None]:
+def _tensors(module: nn.Module, registered: Mapping[str, Tensor | None], *names: str) -> list[Any]:
     """The attributes of those names; looked up where they are registered, which takes a tenth of getattr's time."""
     return [registered[n] if n in registered else getattr(module, n) for n in names]
 
 
-def conv_of(module: nn.Conv2d) -> Conv | None:
+def conv_of(module: Any) -> Conv | None:
     """The data of a convolution for which :func:`conv_reason` was None; None if it has since got another padding."""
     padding = module.padding
     if padding == "same":
@@ -228,7 +230,7 @@ def _is_asymmetric(module: nn.Conv2d) -> bool:
     return any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
 
 
-def norm_of(module: nn.Module) -> Norm:
+def norm_of(module: Any) -> Norm:
     """The data of a batch norm for which :func:`norm_reason` is None, in its present mode."""
     if frozen_batch_norm(module):
         return Norm(module.weight, module.bias, module.running_mean, module.running_var, None, False, 0.0, module.eps)

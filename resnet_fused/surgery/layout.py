@@ -8,6 +8,7 @@ Else each block copies its input and its output (:func:`resnet_fused.inference.p
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def _is_neutral_module(module: nn.Module) -> bool:
         return is_plain(module)
     if is_hooked(module):
         return False
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     if hasattr(forward, "usual"):  # a FusedForward
         program = forward.usual(module.training)
         return isinstance(program, Program) and _is_neutral(module, program)

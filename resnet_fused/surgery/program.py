@@ -64,7 +64,7 @@ class RunCall:
         for node in self._run.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[self._run.nodes[-1]])
-        return _compiled(graph, "steps")
+        return _compiled(graph, "steps", {})
 
 
 class Program:
@@ -101,13 +101,14 @@ class Program:
         members = {node for run in self.runs for node in run.nodes}
         rest = [n for n in graph.nodes if n not in members and n.op not in ("placeholder", "output")]
         # The steps besides the runs, and the one that the result comes from, as (op, target).
-        self.rest = [(n.op, n.target) for n in rest]
+        self.rest: list[tuple[str, Any]] = [(n.op, n.target) for n in rest]
         results = next(n for n in graph.nodes if n.op == "output").args[0]
         only = results[0] if len(results) == 1 else None
-        self.end = (only.op, only.target) if isinstance(only, fx.Node) else (None, None)
+        self.end: tuple[str | None, Any] = (only.op, only.target) if isinstance(only, fx.Node) else (None, None)
         # One run without a join and nothing besides: a part of whatever calls the module.
         self.is_one_unit = len(self.runs) == 1 and not rest and self.runs[0].join is Join.NONE
-        self._function = self._compile(graph, type(module).__name__) if self.runs else None
+        # None, and not called, where there are no runs.
+        self._function: Any = self._compile(graph, type(module).__name__) if self.runs else None
         self._result = None if result.is_leaf() else result
 
     def __call__(self, module: nn.Module, tensors: Iterable[Tensor]) -> Any:
@@ -148,7 +149,7 @@ def _reads_last(run: Run, made: dict[fx.Node, Run]) -> bool:
     )
 
 
-def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall] | None = None) -> Callable:
+def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall]) -> Callable:
     """A graph as a function of the module that it names children of, and of its inputs."""
     code = graph.python_code("self")
     source = code.src

@@ -93,7 +93,8 @@ _OF_TORCH_ITSELF = ("_assert",)  # in torch/__init__.py
 _CONTEXTS = ("torch.utils._contextlib", "torch.amp.", "torch.autograd.grad_mode")
 _PURE_LIBRARY = ("functools", "contextlib", "collections", "typing", "enum", "copy", "abc", "operator", "itertools")
 # Layers and functions that return one tensor.
-_GIVE_TENSORS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish) + (
+_GIVE_TENSORS: tuple[type, ...] = (
+    *(nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish),
     nn.Linear,
     nn.Dropout,
     nn.AvgPool2d,
@@ -125,7 +126,7 @@ class _Recorder(fx.Tracer):
 
     def __init__(self, module: nn.Module, training: bool):
         super().__init__()
-        self.root = module
+        self.root: Any = module  # until release()
         self.training = training
         self.graph = fx.Graph(tracer_cls=type(self))
         self.context = _context()

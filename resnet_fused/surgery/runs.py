@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,9 @@ class Finder:
 
     # What a node is ------------------------------------------------------------------------------------------
 
-    def child(self, node: fx.Node) -> nn.Module | None:
-        return self.module.get_submodule(node.target) if node.op == "call_module" else None
+    def child(self, node: fx.Node) -> Any:
+        """The module that ``node`` calls, or None."""
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def kind(self, node: fx.Node) -> _Kind:
         if node.op in ("call_function", "call_method"):
@@ -184,10 +185,11 @@ class Finder:
                     found.append(chain)
         return found
 
-    def chain_from(self, node: fx.Node | None) -> Iterator[_Chain]:
-        """The chain that begins at ``node``, in pieces that one call of the Function can take each."""
-        chain = _Chain(_operand(node))
+    def chain_from(self, first: fx.Node) -> Iterator[_Chain]:
+        """The chain that begins at ``first``, in pieces that one call of the Function can take each."""
+        chain = _Chain(_operand(first))
         seen: set[nn.Module] = set()
+        node: fx.Node | None = first
         while node is not None:
             unit, following = self.unit_from(node)
             (pair,) = unit.units
@@ -269,10 +271,11 @@ class Finder:
     def joined_at(
         self, addition: fx.Node, ends: dict[fx.Node, _Chain], chained: set[fx.Node]
     ) -> tuple[Run | None, list[_Chain]]:
-        a, b = addition.args
+        operands: tuple[Any, ...] = addition.args
+        a, b = operands
         if a is b:
             return None, []
-        options = []
+        options: list[tuple[int, int, _Chain, _Chain | None, Any]] = []
         for main_node, side in ((a, b), (b, a)):
             main = ends.get(main_node)
             if main is None:
@@ -351,7 +354,7 @@ class Finder:
     def is_pure(self, node: fx.Node, own: set[int]) -> bool:
         """Whether ``node`` computes a result and does nothing else, from nothing of the run's ``own`` modules."""
         if node.op == "get_attr":
-            return id(self.module.get_submodule(node.target.rpartition(".")[0])) not in own
+            return id(self.module.get_submodule(str(node.target).rpartition(".")[0])) not in own
         child = self.child(node)
         if child is not None:
             return _is_pure(child) and id(child) not in own
@@ -405,13 +408,17 @@ _PURE_FUNCTIONS = ("add", "sub", "mul", "truediv", "getitem", "cat", "mean", "su
 
 def _arguments(node: fx.Node) -> Iterator[fx.Node]:
     found: list[fx.Node] = []
-    collect: Callable = lambda n: found.append(n) or n  # noqa: E731
+
+    def collect(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
     fx.map_arg((node.args, node.kwargs), collect)
     yield from found
 
 
-def _operand(node: fx.Node) -> fx.Node | None:
-    """What ``node`` is applied to, if that is a single tensor and there are no other arguments of weight."""
+def _operand(node: fx.Node) -> Any:
+    """The node that ``node`` is applied to; None unless it is all there is but for arguments of no weight."""
     operands = [*_arguments(node)]
     first = node.args[0] if node.args else node.kwargs.get("input")
     if len(operands) != 1 or first is not operands[0]:
@@ -422,7 +429,7 @@ def _operand(node: fx.Node) -> fx.Node | None:
     return first if all(isinstance(o, bool) for o in others) else None
 
 
-def _activation_of(norm: nn.Module) -> tuple[bool, tuple[nn.Module, ...]]:
+def _activation_of(norm: Any) -> tuple[bool, tuple[nn.Module, ...]]:
     """Of timm's BatchNormAct2d: whether it ends in a ReLU, or what else is called behind the batch norm."""
     if is_identity(norm.drop) and is_relu(norm.act):
         return True, ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -23,6 +23,8 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 class Symbol(fx.Proxy):
     """A value of the recorded execution."""
 
+    tracer: Any  # a recording.Recorder
+
     def _ask(self) -> type:
         """What ``isinstance`` asks for, of the forward's own code: nobody knows of most values."""
         if is_users(sys._getframe(1)):
@@ -33,7 +35,7 @@ class Symbol(fx.Proxy):
 
     __class__ = property(_ask)
 
-    def __getattr__(self, name: str) -> fx.Proxy:
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
         if not hasattr(Tensor, name) and is_users(sys._getframe(1)):
             self.tracer.refuse(f"forward asks for {name} of a value")
         return super().__getattr__(name)
@@ -92,7 +94,7 @@ class Child:
     def __len__(self) -> int:
         return len(self.__dict__["_module"])
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Any:
         self.__dict__["_recorder"].refuse(f"forward looks into {self.__dict__['_path']}")
 
     __getitem__ = __contains__ = __iter__
