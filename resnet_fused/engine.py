@@ -25,8 +25,8 @@ def engine(name: str) -> Iterator[None]:
             (:func:`resnet_fused.ops.native_reason`), the library's elsewhere, also within a block;
             ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: what was measured to be the
             faster of native and library: on the CPU by pass and shape (:mod:`resnet_fused.choice`), elsewhere
-            ``"library"``. On the CPU native 3x3 convolutions of stride 1 in float32 are Winograd's: whoever wants
-            direct sums says ``"library"``.
+            ``"library"``. On the CPU native 3x3 convolutions of stride 1 are Winograd's in float32, and in bfloat16 on
+            processors that have no tiles for it: whoever wants direct sums says ``"library"``.
 
     Raises:
         ValueError: if ``name`` is none of these.
