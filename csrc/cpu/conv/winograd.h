@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// fprop and dgrad of 3x3 convolutions of stride 1 in float32 by Winograd's minimal filtering F(2x2, 3x3) and F(4x4, 3x3)
+// fprop and dgrad of 3x3 convolutions of stride 1, computed in float32, by Winograd's minimal filtering F(2x2, 3x3) and F(4x4, 3x3)
 // (Lavin & Gray 2015): y = A' [(G g G') * (B' d B)] A for each tile of 2x2 or 4x4 results, d being the 4x4 or 6x6 pixels
 // that they read. The products over channels are 16 or 36 matrix products over tiles: 4 or 2.25 multiplications per
 // result instead of 9, and sums of C terms instead of 9*C. What is not finite may reach all results of its tile.
