@@ -9,7 +9,7 @@ VENV ?= .venv
 BENCH_ARGS ?=
 REPORT_ARGS ?=
 TEST_ARGS ?=
-# Processes that `make test` runs the tests in: most of them are Python.
+# Processes that the tests run in: most of them are Python.
 TEST_JOBS ?= 2
 # The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for,
 # and how many GPUs there are.
@@ -57,6 +57,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 
 WHERE := $(PY) tests/gpusim/where.py
+RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests -n $(TEST_JOBS) --dist worksteal
+# Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
+NONE_IS_FINE = $(if $(strip $(TEST_ARGS)),|| { [ $$? = 5 ] && echo 'TEST_ARGS left none of them.'; })
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
@@ -66,7 +69,7 @@ help:  ## list the targets
 	@echo
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
-	@echo 'TEST_JOBS=4            the processes that test runs in: $(TEST_JOBS)'
+	@echo 'TEST_JOBS=4            the processes that test and test-all run in: $(TEST_JOBS)'
 	@echo 'BENCH_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
 	@echo 'REPORT_ARGS=--write    make the table of main loops anew that kernel-report holds them to'
 	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
@@ -79,7 +82,7 @@ bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and
 	$(PY) -m benchmarks --networks resnet50 --peers $(BENCH_ARGS)
 
 test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those of the CUDA kernels on a simulated one
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests -m '$(QUICK)' -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+	$(RUN_TESTS) -m '$(QUICK)' $(TEST_ARGS) $(NONE_IS_FINE)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
 	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_ARCHS=8.0+PTX SIM_TESTS='cuda and $(QUICK)' ;; \
@@ -87,7 +90,7 @@ test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those o
 	esac
 
 test-all: $(BUILT)  ## run all tests, those of the CUDA kernels on the GPU or on simulated ones
-	$(PY) -m pytest tests $(TEST_ARGS)
+	$(RUN_TESTS) $(TEST_ARGS) $(NONE_IS_FINE)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
 	  simulator) $(MAKE) --no-print-directory simulate ;; \
@@ -96,7 +99,7 @@ test-all: $(BUILT)  ## run all tests, those of the CUDA kernels on the GPU or on
 
 test-cuda: $(BUILT)  ## run all tests of the CUDA kernels on the GPU, or on simulated ones
 	@where=$$($(WHERE)) && case $$where in \
-	  gpu) $(PY) -m pytest tests -m cuda $(TEST_ARGS) ;; \
+	  gpu) $(PY) -m pytest tests -m cuda $(TEST_ARGS) $(NONE_IS_FINE) ;; \
 	  simulator) $(MAKE) --no-print-directory simulate ;; \
 	  *) echo "The CUDA kernels can't be tested here: $$where." && exit 1 ;; \
 	esac
@@ -109,15 +112,12 @@ where: $(BUILT)  ## say where the CUDA kernels can be tested: gpu, simulator, or
 ENTER_SIMULATED = python=$$($(PY) -c 'import sys; print(sys.executable)') && cd build/simulated && \
 	export PYTHONPATH="$$PWD:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 
-# Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
 simulate: $(SIMULATED)
 	@$(ENTER_SIMULATED) && \
 	for device in $(SIM_DEVICES); do \
-	  echo "The CUDA kernels on a simulated $$device ($(SIM_TESTS)):"; status=0; \
-	  GPUSIM_DEVICE=$$device $(CURDIR)/tests/gpusim/bin/gpusim-run \
-	    $$python -m pytest $(CURDIR)/tests -m '$(SIM_TESTS)' $(TEST_ARGS) || status=$$?; \
-	  $(if $(strip $(TEST_ARGS)),if [ $$status = 5 ]; then echo 'TEST_ARGS left none of them.'; status=0; fi;) \
-	  [ $$status = 0 ] || exit $$status; \
+	  echo "The CUDA kernels on a simulated $$device ($(SIM_TESTS)):"; \
+	  { GPUSIM_DEVICE=$$device $(CURDIR)/tests/gpusim/bin/gpusim-run \
+	    $$python -m pytest $(CURDIR)/tests -m '$(SIM_TESTS)' $(TEST_ARGS) $(NONE_IS_FINE); } || exit 1; \
 	done
 
 test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself

@@ -18,7 +18,10 @@ HOW_TO_BUILD = "in the folder of its sources: pip install --no-build-isolation -
 def check_torch(installed: str, built_against: Path) -> None:
     """Raises ImportError unless the extension beside ``built_against``, which setup.py wrote, is for this torch."""
     if not built_against.exists():
-        return
+        raise ImportError(
+            f"{built_against} is missing, which says what torch resnet_fused's extension was built against. Build it "
+            f"again, {HOW_TO_BUILD}"
+        )
     built = built_against.read_text().strip()
     if _minor(built) != _minor(installed):
         raise ImportError(

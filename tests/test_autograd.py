@@ -68,6 +68,11 @@ def as_function(block):
     return run
 
 
+# Only a projection of the derivatives on random vectors where each entry's differences, two runs of the kernels for
+# each value, would take minutes.
+FAST = {"fast_mode": simulated()}
+
+
 def is_fused(z):
     return type(z.grad_fn).__name__ == "_BlockBackward"
 
@@ -81,7 +86,7 @@ def test_gradients(device, name, mode, memory):
     rf.set_memory(block, memory)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
     assert is_fused(block(x))
-    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), **FAST)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -89,7 +94,7 @@ def test_gradients(device, name, mode, memory):
 def test_second_derivatives(device, name, mode):
     block = make(name, mode, device)
     x = torch.randn(2, IN, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), fast_mode=simulated())
+    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), **FAST)
 
 
 # Of each join, and a chain that begins with a batch norm.
@@ -158,8 +163,8 @@ def test_shortcut_from_elsewhere(device, relu):
     def run(x, s, w, g, b):
         return functional.conv_bn_act(x, Conv(w, padding=(1, 1)), Norm(g, b), relu, s)
 
-    assert torch.autograd.gradcheck(run, (x, s, w, g, b), fast_mode=simulated())
-    assert torch.autograd.gradgradcheck(run, (x, s, w, g, b), fast_mode=simulated())
+    assert torch.autograd.gradcheck(run, (x, s, w, g, b), **FAST)
+    assert torch.autograd.gradgradcheck(run, (x, s, w, g, b), **FAST)
 
 
 def test_gradients_are_the_reference_engines(device):
@@ -189,7 +194,7 @@ def test_chain_that_begins_with_a_batch_norm(device, shortcut):
         units = [Unit(None, Norm(*vectors[:2])), Unit(Conv(w, padding=(1, 1)), Norm(*vectors[2:]))]
         return functional.residual(x, units, x if shortcut else None)
 
-    assert torch.autograd.gradcheck(run, (x, w, *vectors), fast_mode=simulated())
+    assert torch.autograd.gradcheck(run, (x, w, *vectors), **FAST)
 
 
 def test_engine_argument():
@@ -340,8 +345,8 @@ def test_a_last_convolution_without_a_batch_norm(device, join, relu, memory):
         z, functional.residual(x, (front, middle, last), shortcut, relu, engine="reference"), rtol=1e-10, atol=1e-10
     )
     used = [t for t in inputs if torch.autograd.grad(z.sum(), t, retain_graph=True, allow_unused=True)[0] is not None]
-    assert torch.autograd.gradcheck(block, used, fast_mode=simulated())
-    assert torch.autograd.gradgradcheck(block, used, fast_mode=True)
+    assert torch.autograd.gradcheck(block, used, **FAST)
+    assert torch.autograd.gradgradcheck(block, used, fast_mode=True)  # of a block: thousands of entries
     if not relu and join != "projection":
         block().add_(1).sum().backward()  # as eager's: a convolution does not keep its output
 

@@ -253,12 +253,29 @@ def test_makefile_installs_the_torch_that_setup_wants():
     assert expected in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the repository")
+needs_repository = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs the repository"
+)
+
+
+def tracked(folder):
+    command = ["git", "ls-files", folder]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+
+@needs_repository
+def test_wheel_holds_the_package(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build_py", "-d", tmp_path / "built"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    built = tmp_path / "built"
+    assert {str(p.relative_to(built)) for p in built.rglob("*") if p.is_file()} == tracked("resnet_fused")
+
+
+@needs_repository
 def test_sdist_holds_everything(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         packed = {name.partition("/")[2] for name in file.getnames()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert set(tracked) - packed <= {".gitignore"}
+    assert tracked(".") - packed <= {".gitignore"}

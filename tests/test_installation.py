@@ -78,6 +78,12 @@ def test_patches_are_compatible(tmp_path, built, installed):
     check_torch(installed, tmp_path / "built_against.txt")
 
 
+def test_what_was_built_against_is_known(copied):
+    (copied.package / EXTENSION.name).touch()
+    message = copied()
+    assert "built_against.txt is missing" in message and "pip install" in message
+
+
 def test_minors_are_not(tmp_path):
     (tmp_path / "built_against.txt").write_text("2.1.0")
     with pytest.raises(ImportError, match=r"torch 2\.1\.0, but torch 2\.14\.1"):
