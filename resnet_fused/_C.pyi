@@ -10,6 +10,16 @@ class Pooling:
     def __exit__(self, *args: object) -> None: ...
 
 def build_info() -> dict[str, Any]: ...
+def conv_algorithm(
+    dtype: str,
+    x: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    packed: bool,
+    /,
+) -> str: ...
 def conv_tiles(
     device: str,
     dtype: str,
