@@ -360,7 +360,8 @@ def conv_algorithm(
         ``"winograd"``; of direct sums ``"registers"``, by vectors of the processor, or ``"microkernel"``, by oneDNN's.
     """
     sizes = (x_shape, weight_shape, stride, padding, dilation)
-    return _C.conv_algorithm(_NATIVE_DTYPES[dtype], *([int(v) for v in values] for values in sizes), packed)
+    x, weight, strides, pads, dilations = ([int(v) for v in values] for values in sizes)
+    return _C.conv_algorithm(_NATIVE_DTYPES[dtype], x, weight, strides, pads, dilations, packed)
 
 
 def native_device_reason(device: torch.device) -> str | None:
