@@ -143,7 +143,7 @@ class _Gradient(NamedTuple):
     """The gradient of a convolution's output y: ``a*g + b*y + c`` with ``g``, ``grad`` behind the mask of a ReLU.
 
     The ReLU is of ``y`` joined with ``shortcut``, or told by ``z``; without ``relu``, ``grad`` is g itself. ``own``:
-    the memory of ``grad`` is ours to write over.
+    the memory of ``grad`` is ours to write over. ``scaled``: a = 1, b = c = 0, the scale is in the weight.
     """
 
     grad: Tensor
@@ -155,6 +155,7 @@ class _Gradient(NamedTuple):
     shortcut: Tensor | None = None
     z: Tensor | None = None
     own: bool = False
+    scaled: bool = False
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """For a native convolution, which puts the parts together itself."""
@@ -163,6 +164,8 @@ class _Gradient(NamedTuple):
 
     def tensor(self) -> Tensor:
         """For the library's convolution."""
+        if self.scaled and not self.relu:
+            return self.grad
         arguments = (self.y, self.coefficients, self.backward_coefficients, self.shortcut, self.z)
         # Written over where it may be, so that no memory is touched for the first time.
         apply = ops.bn_backward_apply_ if self.own else ops.bn_backward_apply
@@ -193,13 +196,21 @@ def ends_in_convolution(normalises: bool, join: Join, relu: bool) -> bool:
 def reads_joined(chain: Sequence[Unit], join: Join, relu: bool) -> bool:
     """Whether backward needs the convolutions' outputs that meet in the join for more than the ReLU's mask.
 
-    Frozen batch norms need them where gamma is learnt. ``chain``: the projection's unit last, if there is one.
+    Batch statistics do. A frozen batch norm does where its gamma is learnt, unless the weight in front of it is learnt
+    as well: gamma's gradient comes from the weight's then. ``chain``: the projection's unit last, if there is one.
     """
     joined = chain[-2:] if join is Join.PROJECTION else chain[-1:]
     if not relu:
         return not ends_in_convolution(joined[0].norm is not None, join, relu)
-    norms = [u.norm for u in joined if u.norm is not None]
-    return any(n.batch_statistics or (n.weight is not None and n.weight.requires_grad) for n in norms)
+    return any(_reads_output(u) for u in joined)
+
+
+def _reads_output(unit: Unit) -> bool:
+    conv, norm = unit
+    if norm is None or norm.batch_statistics:
+        return norm is not None
+    learns_weight = conv is not None and conv.weight.requires_grad
+    return norm.weight is not None and norm.weight.requires_grad and not learns_weight
 
 
 def keeps_z(join: Join, relu: bool, minimal: bool, reads_joined: bool) -> bool:
@@ -279,6 +290,7 @@ def backward(
         for i, (w, p) in enumerate(zip(kept.weights, parameters, strict=True))
     ]
     grads: list[list[Tensor | None]] = [[None] * LEARNT_PER_UNIT for _ in range(count)]
+    sums_of_g: dict[int, Tensor] = {}
     last, projection = plan.last, plan.projection
 
     def source(i: int) -> _Source:
@@ -286,6 +298,32 @@ def backward(
 
     def needs_sums(i: int) -> bool:
         return plan.units[i].batch_statistics or any(needs[i][1:])
+
+    def is_scaled(i: int) -> bool:
+        """Whether the scale of frozen batch norm i goes into the weight in front of it, to learn gamma without y."""
+        return i >= last and needs[i][2] and not plan.reads_joined
+
+    def scale_weight(i: int, b: Tensor) -> None:
+        """Changes unit i's weight, and its batch norm's backward coefficients ``b``, so that dy = g."""
+        b[2] = 1
+        weight, scale = parameters[i][0], coefficients[i][2]
+        scaled = weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+        weights[i] = plan.weight(i, x, scaled.to(weight.dtype))
+
+    def set_weight_gradient(i: int, found: Tensor) -> None:
+        """``found``: with respect to the weight as the passes took it."""
+        weight, bias = parameters[i][:2]
+        if is_scaled(i):
+            # With u = conv(x, w) and y = u + bias, sum(g*u) is the product of w and the gradient of a weight for which
+            # dy = g, and gamma's gradient is sum(g*(y - mean))*invstd.
+            mean, invstd, scale = coefficients[i][:3]
+            found = found.to(scale.dtype)
+            used = weight.to(x.dtype) if plan.cast_weights else weight
+            centre = mean if bias is None else mean - bias
+            own = (found * used).sum((1, 2, 3)) - centre * sums_of_g[i]
+            grads[i][2] = (own * invstd).to(parameters[i][2].dtype)
+            found = found * scale.view(-1, 1, 1, 1)
+        grads[i][0] = found.to(weight.dtype)
 
     def norm_backward(i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
         """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
@@ -296,13 +334,16 @@ def backward(
             return b
         b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
         _, bias, gamma, beta = parameters[i]
-        if needs[i][2]:
+        if needs[i][2] and not is_scaled(i):
             grads[i][2] = b[0].to(gamma.dtype)
         if needs[i][3]:
             grads[i][3] = b[1].to(beta.dtype)
         if needs[i][1]:
             # Under batch statistics a bias shifts the mean and nothing else.
             grads[i][1] = torch.zeros_like(bias) if statistics else (b[2] * b[1]).to(bias.dtype)
+        if is_scaled(i):
+            sums_of_g[i] = b[1]
+            scale_weight(i, b)
         return b
 
     def library_backward(
@@ -318,7 +359,7 @@ def backward(
             grad_y, a, weights[i], *unit[1:5], need_input, need_weight
         )
         if grad_weight is not None:
-            grads[i][0] = grad_weight.to(parameters[i][0].dtype)
+            set_weight_gradient(i, grad_weight)
         return grad_a
 
     def native_backward(
@@ -332,7 +373,7 @@ def backward(
             found = ops.conv_wgrad(
                 *gradient.parts(), tensor, table, tuple(weight.shape[2:]), *unit.geometry, dtype
             )
-            grads[i][0] = found.to(parameters[i][0].dtype)
+            set_weight_gradient(i, found)
         if not need_input:
             return None, None
         masked_by = (None, None) if table is None else (tensor, table)
@@ -364,17 +405,19 @@ def backward(
         if s is None:
             s, _ = _convolve(plan.units[projection], (x, None), weights[projection], parameters[projection][1])
         some_native = plan.units[last].native or plan.units[projection].native
+        # Of two convolutions whose weights are scaled the outputs' gradients are the same.
+        write = some_native or (is_scaled(last) and is_scaled(projection))
         masked = sums = None
-        if some_native or needs_sums(last) or needs_sums(projection):
+        if write or needs_sums(last) or needs_sums(projection):
             masked, sums, _ = ops.bn_backward_reduce(
-                grad, y, coefficients[last], s, coefficients[projection], z, plan.relu, some_native and plan.relu
+                grad, y, coefficients[last], s, coefficients[projection], z, plan.relu, write and plan.relu
             )
         g = masked if plan.relu else grad
         b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
-        if some_native:
-            gradient = _Gradient(g, y, coefficients[last], b, plan.units[last].batch_statistics)
-            of_shortcut = _Gradient(
-                g, s, coefficients[projection], b_shortcut, plan.units[projection].batch_statistics
+        if write:
+            gradient, of_shortcut = (
+                _Gradient(g, t, coefficients[i], table, plan.units[i].batch_statistics, scaled=is_scaled(i))
+                for i, t, table in ((last, y, b), (projection, s, b_shortcut))
             )
             if plan.units[projection].native:
                 grad_x, _ = native_backward(projection, of_shortcut, need_x, None)
@@ -422,7 +465,7 @@ def backward(
         if plan.ends_in_convolution:
             gradient = grad
         elif write:
-            gradient = _Gradient(g, y, coefficients[last], b, statistics)
+            gradient = _Gradient(g, y, coefficients[last], b, statistics, scaled=is_scaled(last))
         else:
             gradient = _Gradient(grad, y, coefficients[last], b, statistics, plan.relu, s, z)
 

@@ -224,14 +224,15 @@ def test_one_value_per_channel_is_refused():
         unit(torch.ones(1, 4, 1, 1))
 
 
-def test_frozen_norms_without_gamma():
+@pytest.mark.parametrize("learns", ["gamma", "nothing"])
+def test_frozen_norms(learns):
     """What is kept depends on what is learnt, which the operators are told: the gradients are eager's."""
     torch.manual_seed(0)
     block = rf.BasicBlock(8, 8).double().eval()
     for norm in (block.bn1, block.bn2):
-        norm.requires_grad_(False)
+        norm.requires_grad_(learns == "gamma")
     x = torch.randn(2, 8, 6, 6, dtype=torch.float64, requires_grad=True)
-    learnt = [x, block.conv1.weight, block.conv2.weight]
+    learnt = [x, *(p for p in block.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(block(x).square().sum(), learnt)
     found = torch.autograd.grad(torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum(), learnt)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

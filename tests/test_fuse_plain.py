@@ -6,6 +6,7 @@ after, on the instance, on the class or on a child."""
 import copy
 import gc
 import inspect
+import types
 import weakref
 
 import pytest
@@ -185,6 +186,20 @@ def test_forward_that_somebody_wrapped_stays_when_unfused(block):
     assert block.forward is outer
     assert not is_fused(block.train()(X))
     assert seen == [1, 1]
+
+
+def test_function_that_somebody_binds_again(block):
+    """As accelerate does for mixed precision: it runs fused for its own module, and for another one plainly."""
+    rf.fuse(block)
+    expected, other = block(X), copy.deepcopy(block)
+    function = block.forward.__func__
+    for module in (block, other):
+        module.forward = types.MethodType(lambda self, *args: function(self, *args) * 2, module)
+    found = block(X)
+    assert "_BlockBackward" in {type(node).__name__ for node, _ in found.grad_fn.next_functions}
+    torch.testing.assert_close(found, 2 * expected, rtol=0, atol=0)
+    assert "_BlockBackward" not in {type(node).__name__ for node, _ in other(X).grad_fn.next_functions}
+    torch.testing.assert_close(other(X), 2 * expected)
 
 
 def test_class_that_somebody_swapped_stays(block):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lecture import ResBlk, ResBlkOpen
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_fused as rf
@@ -245,6 +246,13 @@ def sequence():
         nn.BatchNorm2d(8),
         nn.ReLU6(),
     )
+
+
+def classifier(block=BasicBlock, **options):
+    """torchvision's stem, a stage of an identity or a projection, one of a projection, and a head."""
+    network = ResNet(block, [1, 1, 1, 1], **options)
+    features = [network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2]
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128 * block.expansion, 4))
 
 
 OWN_BLOCKS = {

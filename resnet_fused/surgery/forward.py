@@ -9,6 +9,7 @@ call is not plain its own forward runs.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -160,6 +161,18 @@ class FusedForward:
         """The method that would be here: for inspect, and for all else that looks at a forward rather than calls it."""
         module = self._module()
         return type(module).forward.__get__(module)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """For whoever wraps a method's function and binds it again, as accelerate does: it runs fused."""
+        method = type(self._module()).forward
+
+        @functools.wraps(method)
+        def forward(module: nn.Module, *args, **kwargs) -> Any:
+            call = self if module is self._module() else method.__get__(module)
+            return call(*args, **kwargs)
+
+        return forward
 
     def __getattr__(self, name: str) -> Any:
         if name == "_module":  # of an object in the making
