@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Bytes that a forward pass keeps for the backward pass."""
+"""What a call keeps for backward, and what its operators move."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def bytes_kept(module: nn.Module, forward: Callable[[], object]) -> int:
@@ -30,3 +33,25 @@ def bytes_kept(module: nn.Module, forward: Callable[[], object]) -> int:
         # The result holds the graph, so no storage is freed and its address used again.
         result = forward()  # noqa: F841
     return sum(storages.values())
+
+
+class Operators(TorchDispatchMode):
+    """Inside, notes the operators that are called, without those that only look at memory or allocate it.
+
+    ``names``: as ``"aten.convolution"``; ``bytes``: of their operands and results, each once per operator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and "empty" not in name:
+            tensors = {id(t): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
+            self.names.append(name)
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        return result
