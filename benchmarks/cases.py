@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from benchmarks.checks import Check, check
 from benchmarks.peers import compiled
 from benchmarks.timing import Effort, Race, race, reason_of
 from resnet_fused import testing
+from resnet_fused.checks import Check, check
 from resnet_fused.counting import bytes_kept
 
 MODES = ("training", "inference")

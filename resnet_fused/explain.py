@@ -419,7 +419,8 @@ def _plan_of(z: Tensor) -> Plan | None:
     node: Any = z.grad_fn
     while node is not None:
         if isinstance(node, _Block._backward_cls):
-            return node.plan
+            plan: Plan = getattr(node, "plan")  # noqa: B009  (which the class does not declare)
+            return plan
         node = node.next_functions[0][0] if node.next_functions else None
     return None
 
