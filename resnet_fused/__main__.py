@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import ops
 from resnet_fused.checks import check
+from resnet_fused.installation import cuda_archs
 from resnet_fused.surgery.forward import without_fusion
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,8 +38,7 @@ def built() -> Iterator[str]:
     yield f"resnet_fused {info['version']}, built against torch {info['torch']} by {info['compiler']}"
     sets = ", ".join(info["cpu_instruction_sets"])
     yield f"  CPU kernels: {sets}; this processor runs {info['cpu_instruction_set']}"
-    archs = info.get("cuda_archs")
-    yield f"  CUDA kernels: {'yes' if info['cuda'] else 'not built'}{f', for {archs}' if archs else ''}"
+    yield f"  CUDA kernels: {f'for {cuda_archs()}' if info['cuda'] else 'not built'}"
 
 
 def machine() -> Iterator[str]:
