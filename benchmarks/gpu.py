@@ -76,11 +76,7 @@ def races(folder: Path, quick: bool) -> list[Step]:
         ("training", [*network, "--mode", "training"], 110),
         ("inference", [*network, "--mode", "inference"], 60),
         ("blocks", ["--blocks", "resnet18.layer4.1" if quick else "resnet50", "--no-peers"], 60),
-        (
-            "convolutions",
-            ["--convolutions", "resnet18.layer4.1" if quick else "resnet50", "--batch", "2" if quick else "64"],
-            90,
-        ),
+        ("convolutions", ["--convolutions", *(("resnet18.layer4.1",) if quick else ("resnet50", "--batch", "64"))], 90),
         ("bandwidth", ["--bandwidth", *([] if quick else ["32", "128"])], 40),
     )
     run = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--dtype", "bfloat16"]
@@ -98,14 +94,14 @@ def steps(folder: Path, *, build: bool, quick: bool) -> list[Step]:
     if build:
         arch = f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
         environ = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch, "MAX_JOBS": str(os.cpu_count() or 1)}
-        found.append(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 240, environ))
-    found.append(Step("self-check", [sys.executable, "-m", "resnet_fused"], 60))
-    found.append(Step("tests", [*pytest, *(few if quick else more)], 100))
+        found.append(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 200, environ))
+    found.append(Step("self-check", [sys.executable, "-m", "resnet_fused"], 20))
+    found.append(Step("tests", [*pytest, *(few if quick else more)], 60))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
-        found.append(Step("compute-sanitizer", [sanitizer, "--error-exitcode", "1", *pytest, *few], 60))
+        found.append(Step("compute-sanitizer", [sanitizer, "--error-exitcode", "1", *pytest, *few], 30))
     sizes = {"images": 2, "size": 32} if quick else {"images": 64, "size": 224}
-    found.append(Step("plan", [sys.executable, "-c", PLANS.format(**sizes)], 90))
+    found.append(Step("plan", [sys.executable, "-c", PLANS.format(**sizes)], 60))
     return found + races(folder, quick)
 
 
