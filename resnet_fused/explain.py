@@ -214,8 +214,7 @@ def explain(
 
 
 def _copy(model: nn.Module, training: bool | None) -> nn.Module:
-    grads = {id(p.grad): None for p in model.parameters() if p.grad is not None}  # not to be copied
-    twin = copy.deepcopy(model, dict(grads))
+    twin = copy.deepcopy(model)  # parameters without their gradients
     return twin if training is None else twin.train(training)
 
 
