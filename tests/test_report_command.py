@@ -2,6 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """``python -m resnet_fused``: what it says, and that a wrong kernel shows."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +54,25 @@ def test_an_error_is_reported(monkeypatch, capsys):
     assert "cpu, float32: FAILED, RuntimeError: no such kernel in ~" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("times", "said"), [((1.0, 30.0), True), ((1.0, 1.5), False)])
-def test_a_dtype_without_instructions(monkeypatch, times, said):
-    took = iter(times)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_dtype_without_instructions(monkeypatch, there):
+    took = iter((1.0, 30.0))
     monkeypatch.setattr(command, "DTYPES", (torch.float32, torch.bfloat16))
     monkeypatch.setattr(command, "seconds", lambda *_: next(took))
-    lines = [line for _, line in command.self_check(CPU)]
-    assert any("bfloat16: 30 times float32's time" in line for line in lines) is said
+    monkeypatch.setattr(command, "multiplies", lambda dtype: there or dtype == torch.float32)
+    text = "\n".join(line for _, line in command.self_check(CPU))
+    assert text.count("no instructions for it") == (0 if there else 1)
+    assert ("bfloat16: this processor has no instructions for it, and takes 30.0 times as long" in text) is not there
+
+
+def test_what_a_processor_multiplies():
+    """oneDNN is asked in a process that it is told to be on an older processor."""
+    code = "import torch; from resnet_fused.__main__ import DTYPES, multiplies; print(*map(multiplies, DTYPES))"
+    environ = environment() | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, check=True)
+    if platform.machine() != "x86_64":
+        pytest.skip("x86-64's instruction sets")
+    assert result.stdout.split() == ["True", "False", "False"]
 
 
 def test_the_issue_template_asks_for_it():
