@@ -38,7 +38,8 @@ def bytes_kept(module: nn.Module, forward: Callable[[], object]) -> int:
 class Operators(TorchDispatchMode):
     """Inside, notes the operators that are called, without those that only look at memory or allocate it.
 
-    ``names``: as ``"aten.convolution"``; ``bytes``: of their operands and results, each once per operator.
+    ``names``: as ``"aten.convolution"``; ``bytes``: of their operands and results, each once per operator, but for
+    PyTorch's batch norms: by the batch's statistics these read activations twice, forward and backward.
     """
 
     def __init__(self) -> None:
@@ -53,5 +54,20 @@ class Operators(TorchDispatchMode):
         if not is_view and "empty" not in name:
             tensors = {id(t): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
             self.names.append(name)
-            self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+            self.bytes += sum(map(_bytes, tensors.values()))
+            if "batch_norm" in name and _by_statistics(func, args, kwargs or {}):
+                given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 1}
+                self.bytes += sum(map(_bytes, given.values()))
         return result
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _by_statistics(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a batch norm's operator, forward or backward, is that of training."""
+    if str(func.overloadpacket).endswith(("no_training", "no_update")):
+        return False
+    bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    return all(bound.get(flag, True) for flag in ("training", "train", "update"))

@@ -146,3 +146,11 @@ def test_operators_without_views_and_allocations():
         torch.empty(100).view(10, 10)
         x.t().add_(1.0)
     assert operators.names == ["aten.add_"] and operators.bytes == 4 * 16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_read_twice_for_statistics(training):
+    norm, x = nn.BatchNorm2d(4).train(training), torch.randn(2, 4, 8, 8)
+    with Operators() as operators, torch.no_grad():
+        norm(x)
+    assert operators.bytes == pytest.approx((3 if training else 2) * x.nbytes, rel=0.1)  # vectors of channels besides
