@@ -203,7 +203,11 @@ def main() -> None:
         def run(self) -> None:
             super().run()
             # For resnet_fused/installation.py, which reads it before the extension is loaded.
-            Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST).write_text(torch.__version__)
+            built = [torch.__version__]
+            if any(source.endswith(".cu") for source in self.extensions[0].sources):
+                built.append(os.environ["TORCH_CUDA_ARCH_LIST"])
+            path = Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST)
+            path.write_text("".join(f"{line}\n" for line in built))
 
     # Of another minor version, torch loads the extension with missing symbols or not at all.
     minor = ".".join(torch.__version__.split(".")[:2])
