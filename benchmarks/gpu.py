@@ -158,6 +158,8 @@ def measured(folder: Path) -> dict[str, float]:
     """Images per second of ResNet-50's training by contestant, as far as it was raced."""
     for path in (folder / "training").glob("*/residual.json"):
         for o in json.loads(path.read_text())["outcomes"]:
+            if o["subject"] != "resnet50":
+                continue
             times = {k.removesuffix("_seconds"): v for k, v in o.items() if k.endswith("_seconds")}
             return {name: o["batch"] / t["median"] for name, t in times.items()}
     return {}

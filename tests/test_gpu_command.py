@@ -29,11 +29,11 @@ def test_outcomes(card, monkeypatch, tmp_path):
     """Of steps that pass, fail, take too long with a child of their own, and come after that."""
     waits = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     listed = [python("good", "print('so it is')"), python("bad", "raise SystemExit(3)"), python("long", waits, 6.0)]
-    record = {"batch": 64, "eager_seconds": {"median": 0.5}, "fused_seconds": {"median": 0.25}}
+    record = {"subject": "resnet50", "batch": 64, "eager_seconds": {"median": 0.5}, "fused_seconds": {"median": 0.25}}
     monkeypatch.setattr(gpu, "steps", lambda folder, **_: [*listed, python("last", "")])
     path = tmp_path / "training" / "a100" / "residual.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"outcomes": [record]}))
+    path.write_text(json.dumps({"outcomes": [record | {"subject": "resnet18"}, record]}))
     start = time.perf_counter()
     assert gpu.main(["--output", str(tmp_path)]) == 1
     assert time.perf_counter() - start < 60
