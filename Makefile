@@ -200,9 +200,9 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(TORCH_FILES)
 	@mv build/make/started $@
 
 # The package once more, with its CUDA kernels, beside the build in resnet_fused/, from which it takes the objects of
-# what both compile.
+# what both compile. The simulator's errors name lines.
 $(SIMULATED): $(INSTALLED) $(SOURCES) $(shell find resnet_fused -name '*.py') $(TORCH_FILES)
 	@mkdir -p $(@D) && rm -rf build/make/simulated* build/simulated && touch build/make/simulated-started
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
+	FORCE_CUDA=1 RESNET_FUSED_LINEINFO=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
 	  build_ext --build-lib build/simulated
 	@mv build/make/simulated-started $@

@@ -4,8 +4,8 @@
 
 The exit status is 1 if a kernel spills registers or uses local memory, if an instance for vectors of 16 bytes does not
 access its activations in such, or if a convolution does without tensor cores or such accesses, or asks more of a pipe
-for its product than benchmarks/kernel_counts.json says (MOST_GROWTH) or than BOUNDS allow. `--write` makes that table anew; the predictions
-of benchmarks/predict.py take their counts from it.
+for its product than benchmarks/kernel_counts.json says (MOST_GROWTH) or than BOUNDS allow. `--write` makes that table
+anew; the predictions of benchmarks/predict.py take their counts from it.
 
 Shared memory that a launch asks for is not in the library: for a kernel with such, the occupancy is an upper bound.
 """
@@ -50,8 +50,8 @@ MOST_GROWTH = 1.05
 PREDICTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PREDICTED_DTYPE = "BFloat16"
 
-# What a stage of the largest tile may take at most, in cycles of a block, while the tensor cores take 512: of issue slots
-# and of shared memory. Whether the last template arguments are the halo's and inference's is theirs to say.
+# What a stage of the largest tile may take at most, in cycles of a block, while the tensor cores take 512: of issue
+# slots and of shared memory. The last template arguments: whether with a halo, and, of fprop, whether in inference.
 BOUNDS_ARCH = "sm_80"
 LARGEST = "BFloat16, BlockTile<128, 128, 2, 2, 2>"
 BOUNDS: dict[str, tuple[float, float]] = {

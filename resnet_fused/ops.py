@@ -372,9 +372,12 @@ def native_device_reason(device: torch.device) -> str | None:
         return f"no native convolutions for device {device}"
     if not torch.cuda.is_available():
         return "no GPU is visible"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "compute capability below 8.0"
-    return None
+    return _native_build_reason(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _native_build_reason(index: int) -> str | None:
+    return _C.native_build_reason(f"cuda:{index}") or None
 
 
 def native_reason(
