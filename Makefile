@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_ARGS ?=
+GPU_ARGS ?=
 REPORT_ARGS ?=
 TEST_ARGS ?=
 # Processes that the tests run in: most of them are Python.
@@ -62,7 +63,7 @@ RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests -n $(TEST_JOBS) --dis
 NONE_IS_FINE = $(if $(strip $(TEST_ARGS)),|| { [ $$? = 5 ] && echo 'TEST_ARGS left none of them.'; })
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
+.PHONY: help bench gpu gpu-simulated bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,12 +71,20 @@ help:  ## list the targets
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
 	@echo 'TEST_JOBS=4            the processes that test and test-all run in: $(TEST_JOBS)'
-	@echo 'BENCH_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
+	@echo 'BENCH_ARGS, GPU_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
 	@echo 'REPORT_ARGS=--write    make the table of main loops anew that kernel-report holds them to'
 	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
 
 bench: $(BUILT)  ## build, then run the benchmarks
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# Nothing is set up: whoever has the GPU for minutes has torch, and perhaps no network.
+gpu:  ## build, test, plan and race on the GPU: nine minutes at most, without the network
+	$(or $(wildcard $(VENV_PY)),$(PYTHON)) -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-simulated: $(SIMULATED)  ## the same but for the build, in tiny sizes on a simulated A100, to see it work
+	@$(ENTER_SIMULATED) && GPUSIM_DEVICE=a100 $(CURDIR)/tests/gpusim/bin/gpusim-run $$python -m benchmarks.gpu \
+	  --quick --no-build --minutes 30 --output $(CURDIR)/build/gpu $(GPU_ARGS)
 
 bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and OpenVINO, which it installs
 	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PEERS)
@@ -191,9 +200,9 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(TORCH_FILES)
 	@mv build/make/started $@
 
 # The package once more, with its CUDA kernels, beside the build in resnet_fused/, from which it takes the objects of
-# what both compile.
+# what both compile. The simulator's errors name lines.
 $(SIMULATED): $(INSTALLED) $(SOURCES) $(shell find resnet_fused -name '*.py') $(TORCH_FILES)
 	@mkdir -p $(@D) && rm -rf build/make/simulated* build/simulated && touch build/make/simulated-started
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
+	FORCE_CUDA=1 RESNET_FUSED_LINEINFO=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
 	  build_ext --build-lib build/simulated
 	@mv build/make/simulated-started $@

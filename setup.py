@@ -4,9 +4,9 @@
 
     pip install --no-build-isolation .
 
-Environment: FORCE_CUDA=1 builds the CUDA kernels without a visible GPU, TORCH_CUDA_ARCH_LIST says for which
-GPUs, CXX names the compiler, MAX_JOBS bounds parallel compilation, RESNET_FUSED_WERROR=1 turns warnings into
-errors.
+The CUDA kernels are compiled for the visible GPUs. Environment: FORCE_CUDA=1 builds them without one, and for all
+usual GPUs; TORCH_CUDA_ARCH_LIST says for which. RESNET_FUSED_LINEINFO=1 lets profilers and tests/gpusim name source
+lines. CXX names the compiler, MAX_JOBS bounds parallel compilation, RESNET_FUSED_WERROR=1 turns warnings into errors.
 """
 
 import os
@@ -22,7 +22,10 @@ from setuptools import find_packages, setup
 VERSION = "0.1.0"
 TORCH_MIN, TORCH_END = (2, 11), (2, 16)
 BUILT_AGAINST = "built_against.txt"
+# Of wheels, and of PTX for cards between these or beyond them, the oldest that the convolutions run on and the newest.
 DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+PTX_ARCH = "8.0"
+LEAST_CAPABILITY = (7, 5)
 
 CPP_SOURCES = [
     "csrc/bindings/library.cpp",
@@ -61,6 +64,7 @@ CUDA_SOURCES = [
     "csrc/cuda/conv/fprop.cu",
     "csrc/cuda/conv/wgrad.cu",
     "csrc/cuda/relu_backward_add.cu",
+    "csrc/cuda/served.cu",
 ]
 
 # No -march: the files in csrc/cpu name their instruction set themselves and are chosen between at run time.
@@ -74,7 +78,7 @@ CXX_FLAGS += ["-g0"]
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 # None may contain the letters "arch", or torch drops what it makes of TORCH_CUDA_ARCH_LIST. Include paths,
 # which may, belong in include_dirs.
-NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-g0,-Wall,-Wextra,-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-g0,-Wall,-Wextra,-fvisibility=hidden"]
 
 CXX20_PROBE = "#include <concepts>\ntemplate <std::integral T> T twice(T x) { return x + x; }\n"
 
@@ -119,9 +123,25 @@ def known_archs(nvcc: Path) -> list[str]:
     return subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
 
 
+def is_known(arch: str, known: list[str]) -> bool:
+    return f"compute_{arch.replace('.', '')}" in known
+
+
 def default_arch_list(known: list[str]) -> str:
-    """All usual GPUs of those `known`, with PTX for later ones."""
-    return ";".join(arch for arch in DEFAULT_CUDA_ARCHS if f"compute_{arch.replace('.', '')}" in known) + "+PTX"
+    """All usual GPUs of those that nvcc knows, with PTX for others."""
+    archs = [arch for arch in DEFAULT_CUDA_ARCHS if is_known(arch, known)]
+    return ";".join(arch + "+PTX" * (arch in (PTX_ARCH, archs[-1])) for arch in archs)
+
+
+def arch_list(capabilities: list[tuple[int, int]], known: list[str], force: bool) -> str:
+    """For which GPUs to compile: those that are there, by their compute capabilities.
+
+    All usual ones where that is forced, where there is none that the kernels are for, and where nvcc doesn't know one.
+    """
+    archs = [f"{major}.{minor}" for major, minor in sorted(set(capabilities)) if (major, minor) >= LEAST_CAPABILITY]
+    if force or not archs or not all(is_known(arch, known) for arch in archs):
+        return default_arch_list(known)
+    return ";".join(archs)
 
 
 def check_compiler(cxx: str) -> None:
@@ -163,8 +183,11 @@ def make_extension(torch, environ):
     if environ.get("RESNET_FUSED_WERROR") == "1":
         cxx_flags.append("-Werror")
         nvcc_flags.append("-Werror=all-warnings")
-    if cuda:
-        environ["TORCH_CUDA_ARCH_LIST"] = environ.get("TORCH_CUDA_ARCH_LIST") or default_arch_list(known_archs(nvcc))
+    if environ.get("RESNET_FUSED_LINEINFO") == "1":
+        nvcc_flags.append("-lineinfo")
+    if cuda and not environ.get("TORCH_CUDA_ARCH_LIST"):
+        cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        environ["TORCH_CUDA_ARCH_LIST"] = arch_list(cards, known_archs(nvcc), force)
     extension = (CUDAExtension if cuda else CppExtension)(
         name="resnet_fused._C",
         sources=CPP_SOURCES + (CUDA_SOURCES if cuda else WITHOUT_CUDA_SOURCES),
@@ -203,7 +226,11 @@ def main() -> None:
         def run(self) -> None:
             super().run()
             # For resnet_fused/installation.py, which reads it before the extension is loaded.
-            Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST).write_text(torch.__version__)
+            built = [torch.__version__]
+            if any(source.endswith(".cu") for source in self.extensions[0].sources):
+                built.append(os.environ["TORCH_CUDA_ARCH_LIST"])
+            path = Path(self.get_ext_fullpath("resnet_fused._C")).with_name(BUILT_AGAINST)
+            path.write_text("".join(f"{line}\n" for line in built))
 
     # Of another minor version, torch loads the extension with missing symbols or not at all.
     minor = ".".join(torch.__version__.split(".")[:2])

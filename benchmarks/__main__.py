@@ -19,6 +19,7 @@ from benchmarks import (
     bandwidth,
     blocks,
     bottleneck,
+    compare,
     convolutions,
     depth,
     layers,
@@ -43,7 +44,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Fused against eager PyTorch on real photographs: numerical checks, interleaved timing, memory. "
-        "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks; on a GPU the bandwidth, too.",
+        "Without a choice: the blocks of ResNet-18 and ResNet-50, then both networks; on a GPU the bandwidth, too. "
+        "`python -m benchmarks compare A.json B.json` holds two files of results against each other.",
     )
     choice = parser.add_argument_group("what to run")
     pattern: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "PART"}
@@ -236,6 +238,9 @@ def run_convolutions(settings: Settings, part: str, folder: Path) -> list[convol
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
     options = parse(arguments)
     if options.predict:  # alone, so that nothing measured stands beside it
         print(predict.report())

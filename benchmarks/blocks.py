@@ -12,9 +12,9 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.cases import Job, Settings
-from benchmarks.checks import DRAWS
 from benchmarks.networks import NETWORKS, build
 from benchmarks.photographs import photographs
+from resnet_fused.checks import DRAWS
 
 # Checked on fewer images than timed: float64 is slow. Each further draw takes the next images.
 CHECK_BATCH = 2  # images

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from benchmarks.checks import Check, check
-from benchmarks.memory import bytes_kept
 from benchmarks.peers import compiled
 from benchmarks.timing import Effort, Race, race, reason_of
 from resnet_fused import testing
+from resnet_fused.checks import Check, check
+from resnet_fused.counting import bytes_kept
 
 MODES = ("training", "inference")
 # Of small work besides: evaluation that records a graph, and a frozen network's gradient of its input.

@@ -23,12 +23,12 @@ from torch import nn
 
 from benchmarks import report
 from benchmarks.cases import DTYPES, Settings
-from benchmarks.checks import Check
 from benchmarks.device_clock import DeviceClock
 from benchmarks.networks import NETWORKS
 from benchmarks.passes import PASSES, Passes, Shape
 from benchmarks.timing import Effort, Race, Spread, race
 from resnet_fused import ops, testing
+from resnet_fused.checks import Check
 
 BATCHES = (32, 256)  # images
 FORMS = ("raw", "fused")

@@ -4,8 +4,8 @@
 
 The exit status is 1 if a kernel spills registers or uses local memory, if an instance for vectors of 16 bytes does not
 access its activations in such, or if a convolution does without tensor cores or such accesses, or asks more of a pipe
-for its product than benchmarks/kernel_counts.json says (MOST_GROWTH). `--write` makes that table anew; the predictions
-of benchmarks/predict.py take their counts from it.
+for its product than benchmarks/kernel_counts.json says (MOST_GROWTH) or than BOUNDS allow. `--write` makes that table
+anew; the predictions of benchmarks/predict.py take their counts from it.
 
 Shared memory that a launch asks for is not in the library: for a kernel with such, the occupancy is an upper bound.
 """
@@ -49,6 +49,22 @@ COUNTS = Path(__file__).parent / "kernel_counts.json"
 MOST_GROWTH = 1.05
 PREDICTED_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PREDICTED_DTYPE = "BFloat16"
+
+# What a stage of the largest tile may take at most, in cycles of a block, while the tensor cores take 512: of issue
+# slots and of shared memory. The last template arguments: whether with a halo, and, of fprop, whether in inference.
+BOUNDS_ARCH = "sm_80"
+LARGEST = "BFloat16, BlockTile<128, 128, 2, 2, 2>"
+BOUNDS: dict[str, tuple[float, float]] = {
+    f"fprop_kernel<{LARGEST}, AffineRelu, false, false>": (340, 560),
+    f"dgrad_kernel<{LARGEST}, BackwardAffine, false>": (480, 700),
+    f"wgrad_kernel<{LARGEST}, BackwardAffine, AffineRelu>": (620, 760),
+    f"fprop_kernel<{LARGEST}, AffineRelu, true, false>": (340, 440),
+    f"dgrad_kernel<{LARGEST}, BackwardAffine, true>": (480, 440),
+}
+# With a halo, ldmatrix and B's copies are every stage's; of what else is laid out for a stage, two chunks per thread,
+# this part runs: 128 pixels with a halo of 29 on either side, image rows of 28, are 186 / 32 chunks for nine taps.
+HALO_SHARED = 256 + 64
+HALO_RUNS = (128 + 2 * 29) / 32 / 9 / 2
 
 DEFAULT_THREADS = 256  # of a block, where a kernel has no launch bound
 PART_REGISTERS = 16384  # of a sub-core, in which a warp stays
@@ -191,7 +207,7 @@ class Kernel:
                 table = counted().get(self.arch, {})
                 if table and PREDICTED_DTYPE in self.name and self.name not in table:
                     found.append(f"not in {COUNTS.name}, which --write makes anew")
-                found += growth(self, table.get(self.name))
+                found += growth(self, table.get(self.name)) + beyond_bounds(self)
             if not self.loads:
                 found.append("no 128-bit load")
             if not self.stores and CONVOLUTIONS[self.template]:
@@ -217,6 +233,22 @@ def growth(kernel: Kernel, before: dict | None) -> list[str]:
     if kernel.occupancy and kernel.occupancy[0] < before["blocks"]:
         found.append(f"{kernel.occupancy[0]} blocks on a multiprocessor; {COUNTS.name} has {before['blocks']}")
     return found
+
+
+def beyond_bounds(kernel: Kernel) -> list[str]:
+    """Which of BOUNDS a main loop takes more than."""
+    bounds = BOUNDS.get(kernel.name) if kernel.arch == BOUNDS_ARCH else None
+    if bounds is None:
+        return []
+    shared = (kernel.cycles.shared + kernel.cycles.shared_most) / 2
+    if kernel.name.startswith(("fprop_kernel", "dgrad_kernel")) and ", true" in kernel.name:
+        shared = HALO_SHARED + HALO_RUNS * (shared - HALO_SHARED)
+    taken = {"issue": kernel.cycles.issue, "shared": shared}
+    return [
+        f"{pipe}: {cycles:.0f} cycles of a stage; at most {bound:.0f} are wanted"
+        for (pipe, cycles), bound in zip(taken.items(), bounds, strict=True)
+        if cycles > bound
+    ]
 
 
 @cache

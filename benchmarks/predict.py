@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from benchmarks import pipes
-from benchmarks.kernel_report import COUNTS, counted
+from benchmarks.kernel_report import COUNTS, counted, multiprocessor, round_up
 from benchmarks.tables import table
 
 BATCH = 256
@@ -28,6 +28,23 @@ LAUNCH = 3e-6  # seconds
 DRAM_SHARE = 0.92  # of a card's achievable bandwidth, in a convolution
 EAGER_NORM, OUR_NORM = 0.80, 0.90  # the same, in PyTorch's passes of batch norm, ReLU and addition, and in ours
 VALUE = 2  # bytes, bfloat16
+
+# The library's convolutions: what they reach of the bandwidth, what latencies, fill and drain leave of the whole, and
+# the share of the rate of a card (CARDS) that 1x1 filters and dgrad of stride 2 reach. Guesses, no source: with them
+# eager's published rate comes out (PUBLISHED).
+CUDNN_DRAM_SHARE, CUDNN_OVERLAP = 0.90, 0.97
+CUDNN_1X1, CUDNN_STRIDED_DGRAD = 0.95, 0.70
+# The network's first convolution has three channels: what it reaches of the bandwidth, and of the peak. Guesses too.
+STEM_DRAM_SHARE, STEM_PEAK_SHARE = 0.85, 0.22
+# Passes over the first convolution's output: batch norm and ReLU, as eager_block and our_block count them; then over it
+# and over the pooled tensor, in pooling.
+STEM_PASSES_EAGER, STEM_PASSES_OURS = 13, 8
+POOLING_PASSES, POOLED_PASSES = 2, 10
+# Of SGD with momentum and of autocast's copies of the weights, 25 million of ResNet-50; and what else a step has of
+# small kernels.
+UPDATE_BYTES = 0.65e9
+SMALL_KERNELS = 0.6e-3  # seconds
+STEM_LAUNCHES = 6
 
 # Published training throughput, images/s: where the model was held against what others measured. The native rows are
 # another implementation of the same fusion, which on the H100 has kernels for it; ours are those of 8.0.
@@ -189,13 +206,15 @@ def instances(arch: str) -> tuple[str, dict[str, list[Instance]]]:
     return chosen, found
 
 
-# Of the instructions in front of and behind the main loop the share that a block executes: dgrad's are four variants.
+# Of the instructions in front of and behind the main loop the share that a block executes, estimated from the kernels:
+# dgrad's are four variants, of which one runs.
 AROUND = {"fprop": (1.0, 1.0), "dgrad": (0.7, 0.6), "wgrad": (1.0, 0.8)}
 ENOUGH_BLOCKS = 128  # choose_tile of csrc/cuda/conv/shapes.h
 # Of wgrad, as wgrad_splits has it: blocks at least, of tiles of more than 128x64 and of smaller ones; four times as
-# many where partial sums are cheap against the operands.
+# many where partial sums are cheap against the operands; pixels of a split at least, and splits at most.
 ENOUGH_SPLITS = (256, 512)
 MOST_ROUNDS = 4
+SPLIT_PIXELS, MOST_SPLITS = 512, 256
 TAIL = 0.65  # of a full wave's time that one with few blocks takes
 
 
@@ -225,19 +244,17 @@ def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False)
     blocks = math.ceil(rows / k.rows) * math.ceil(columns / k.columns)
     splits, partial = 1, 0
     if which == "wgrad":
-        enough = ENOUGH_SPLITS[k.rows * k.columns <= 128 * 64]
-        least, most = math.ceil(enough / blocks), math.ceil(MOST_ROUNDS * enough / blocks)
-        cheap = moved // (2 * c.weight * VALUE)
-        splits = max(1, min(256, max(least, min(cheap, most)), math.ceil(reduction / 512)))
+        splits = wgrad_splits(c, blocks, k.rows * k.columns > 128 * 64)
         partial = 4 * c.weight * splits if splits > 1 else 2 * c.weight
     blocks *= splits
     iterations = math.ceil(reduction / k.depth) / splits
     cycles = k.loop.cycles(card.arch, k.warps)
     assert cycles.tensor is not None
     before, after = AROUND[which]
+    held = resident(card, k, shared_bytes(k, c, which))
     around = (before * k.loop.before + after * k.loop.after) * k.warps / pipes.SUB_CORES
     epilogue = 0 if which == "wgrad" else 2 * k.rows * k.columns * VALUE / pipes.SHARED_BYTES
-    second = card.multiprocessors * card.ghz * 1e9 / blocks / _quantised(blocks, card.multiprocessors * k.blocks)
+    second = card.multiprocessors * card.ghz * 1e9 / blocks / _quantised(blocks, card.multiprocessors * held)
     dram = moved + partial
     times = (
         iterations * cycles.tensor / second,
@@ -247,6 +264,44 @@ def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False)
         dram / (card.dram * DRAM_SHARE),
     )
     return norm(*times) / OVERLAP + LAUNCH * (2 if splits > 1 else 1)
+
+
+def wgrad_splits(c: Convolution, blocks: int, large: bool) -> int:
+    """As csrc/cuda/conv/shapes.h; ``blocks`` of a split, ``large``: of tiles of more than 128x64."""
+    enough = ENOUGH_SPLITS[not large]
+    least, most = math.ceil(enough / blocks), math.ceil(MOST_ROUNDS * enough / blocks)
+    cheap = c.output_pixels * (2 * c.filters + c.channels) // (4 * c.channels * c.filters * c.taps**2)
+    return max(1, min(MOST_SPLITS, max(least, min(cheap, most)), math.ceil(c.output_pixels / SPLIT_PIXELS)))
+
+
+# As csrc/cuda/conv has them: stages of the ring, bytes of a row or column in a stage, and of a row of all banks.
+STAGES, ROW_BYTES, BANKS_BYTES = 3, 64, 128
+TABLES = {"Raw": 0, "AffineRelu": 2, "BackwardAffine": 3}  # of coefficients, floats of a stage's channels
+
+
+def shared_bytes(k: Instance, c: Convolution, which: str) -> int:
+    """Of dynamic shared memory, that a block is launched with."""
+    sources = 2 if k.prologues[0] == "BackwardAffine" else 1
+    rows, columns = ROW_BYTES * k.rows * sources, ROW_BYTES * k.columns
+    if which == "wgrad":
+        if k.columns % 3 == 0:  # three taps share the pixels of a stage and one on either side, of 64 channels
+            return STAGES * (rows + round_up((32 + 2) * BANKS_BYTES, 512)) + BANKS_BYTES
+        return STAGES * (rows + columns)
+    coefficients = STAGES * TABLES[k.prologues[0]] * 32 * 4
+    if k.flags[0]:
+        slices = 2 * ROW_BYTES * sources * (k.rows + 2 * (c.side + 1))
+        ring = STAGES * columns + BANKS_BYTES + slices + coefficients
+    else:
+        ring = STAGES * (rows + columns) + coefficients
+    warps_of_rows = 4 if k.rows > k.columns else 2
+    epilogue = VALUE * k.rows * (k.columns + 8) + 2 * 4 * warps_of_rows * k.columns
+    return max(ring, epilogue + (4 * k.rows if which == "dgrad" else 0))
+
+
+def resident(card: Card, k: Instance, shared: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    processor = multiprocessor(card.arch)
+    return min(k.blocks, processor.shared // round_up(shared + processor.reserved, processor.shared_unit))
 
 
 def _instance(card: Card, c: Convolution, which: str, prologues: tuple[str, ...], rows: int, columns: int) -> Instance:
@@ -281,9 +336,10 @@ def _quantised(blocks: int, resident: int) -> float:
 def library_seconds(card: Card, c: Convolution, which: str) -> float:
     columns = {"fprop": c.filters, "dgrad": c.channels, "wgrad": min(c.channels, c.filters)}[which]
     share = card.library[which][columns < 128]
-    share *= (0.7 if which == "dgrad" and c.stride == 2 else 1) * (0.95 if c.taps == 1 else 1)
-    work = norm((c.x + c.y + c.weight) / (card.dram * 0.9), 2 * c.multiply_adds / (card.peak * share))
-    return work / 0.97 + LAUNCH
+    share *= CUDNN_STRIDED_DGRAD if which == "dgrad" and c.stride == 2 else 1
+    share *= CUDNN_1X1 if c.taps == 1 else 1
+    work = norm((c.x + c.y + c.weight) / (card.dram * CUDNN_DRAM_SHARE), 2 * c.multiply_adds / (card.peak * share))
+    return work / CUDNN_OVERLAP + LAUNCH
 
 
 @dataclass(frozen=True)
@@ -358,10 +414,10 @@ def stem_and_head(card: Card, eager: bool) -> Seconds:
     """The first convolution, the pooling, the classifier, and the update of the weights."""
     y, x, pooled = (VALUE * BATCH * n for n in (112 * 112 * 64, 224 * 224 * 3, 56 * 56 * 64))
     flops = 2 * BATCH * 112 * 112 * 64 * 147
-    convolution = 2 * norm((x + y) / (card.dram * 0.85), flops / (card.peak * 0.22))
-    passes = (13 * y if eager else 8 * y) / (card.dram * (EAGER_NORM if eager else OUR_NORM))
-    pooling = (2 * y + 10 * pooled) / (card.dram * EAGER_NORM)
-    return Seconds(rest=convolution + passes + pooling + 0.65e9 / card.dram + 0.6e-3 + 6 * LAUNCH)
+    convolution = 2 * norm((x + y) / (card.dram * STEM_DRAM_SHARE), flops / (card.peak * STEM_PEAK_SHARE))
+    passes = STEM_PASSES_EAGER / EAGER_NORM if eager else STEM_PASSES_OURS / OUR_NORM
+    moved = y * passes + (POOLING_PASSES * y + POOLED_PASSES * pooled) / EAGER_NORM + UPDATE_BYTES
+    return Seconds(rest=convolution + moved / card.dram + SMALL_KERNELS + STEM_LAUNCHES * LAUNCH)
 
 
 VARIANTS = ("eager", "library", "native", "best mix")
@@ -399,7 +455,15 @@ def constants() -> str:
     return "\n".join(
         (
             f"Assumed: NORM {NORM}, OVERLAP {OVERLAP}, LAUNCH {LAUNCH * 1e6:.0f} us, DRAM_SHARE {DRAM_SHARE}, "
-            f"EAGER_NORM {EAGER_NORM}, OUR_NORM {OUR_NORM}, TAIL {TAIL}.",
+            f"EAGER_NORM {EAGER_NORM}, OUR_NORM {OUR_NORM}, TAIL {TAIL}, "
+            f"AROUND {', '.join(f'{which} {a}, {b}' for which, (a, b) in AROUND.items())};",
+            f"of cuDNN: CUDNN_DRAM_SHARE {CUDNN_DRAM_SHARE}, CUDNN_OVERLAP {CUDNN_OVERLAP}, CUDNN_1X1 {CUDNN_1X1}, "
+            f"CUDNN_STRIDED_DGRAD {CUDNN_STRIDED_DGRAD};",
+            f"of the first convolution and the update: STEM_DRAM_SHARE {STEM_DRAM_SHARE}, "
+            f"STEM_PEAK_SHARE {STEM_PEAK_SHARE}, STEM_PASSES_EAGER {STEM_PASSES_EAGER}, "
+            f"STEM_PASSES_OURS {STEM_PASSES_OURS}, POOLING_PASSES {POOLING_PASSES}, POOLED_PASSES {POOLED_PASSES}, "
+            f"UPDATE_BYTES {UPDATE_BYTES:.2g}, SMALL_KERNELS {SMALL_KERNELS * 1e3} ms, STEM_LAUNCHES {STEM_LAUNCHES}.",
+            "Where they come from is said beside them in benchmarks/predict.py.",
             "cuDNN: share of the peak, of 128 columns and more, of 64. counts: the architecture that was counted.",
             table((*header, *shares, "counts"), rows),
         )

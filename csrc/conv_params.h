@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "params.h"
 
@@ -88,6 +89,8 @@ struct ConvBackend {
   void (*fprop)(const FpropParams&);
   void (*dgrad)(const DgradParams&);
   void (*wgrad)(const WgradParams&);
+  // Why none of these runs on the device of this index, empty if they do; null where that is no question.
+  const std::string& (*reason)(int device);
   // Weights as fprop multiplies them, whatever the size of its input; null where a device packs nothing.
   int64_t (*packed_bytes)(const ConvShape&, DType);
   void (*pack)(const FpropParams&, void* packed);

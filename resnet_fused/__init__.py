@@ -6,6 +6,7 @@ import resnet_fused.installation  # noqa: F401  (imports torch, whose libraries 
 from resnet_fused import functional, ops, reference
 from resnet_fused._C import build_info
 from resnet_fused.engine import engine
+from resnet_fused.explain import Explanation, explain
 from resnet_fused.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from resnet_fused.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, FusedSequential, ResBlk
 from resnet_fused.ops import empty_cache
@@ -18,6 +19,7 @@ __all__ = [
     "BatchNormAct2d",
     "Bottleneck",
     "ConvBNAct2d",
+    "Explanation",
     "FuseReport",
     "FusedSequential",
     "ResBlk",
@@ -25,6 +27,7 @@ __all__ = [
     "build_info",
     "empty_cache",
     "engine",
+    "explain",
     "fold",
     "functional",
     "fuse",

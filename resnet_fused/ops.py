@@ -360,7 +360,8 @@ def conv_algorithm(
         ``"winograd"``; of direct sums ``"registers"``, by vectors of the processor, or ``"microkernel"``, by oneDNN's.
     """
     sizes = (x_shape, weight_shape, stride, padding, dilation)
-    return _C.conv_algorithm(_NATIVE_DTYPES[dtype], *([int(v) for v in values] for values in sizes), packed)
+    x, weight, strides, pads, dilations = ([int(v) for v in values] for values in sizes)
+    return _C.conv_algorithm(_NATIVE_DTYPES[dtype], x, weight, strides, pads, dilations, packed)
 
 
 def native_device_reason(device: torch.device) -> str | None:
@@ -371,9 +372,12 @@ def native_device_reason(device: torch.device) -> str | None:
         return f"no native convolutions for device {device}"
     if not torch.cuda.is_available():
         return "no GPU is visible"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "compute capability below 8.0"
-    return None
+    return _native_build_reason(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _native_build_reason(index: int) -> str | None:
+    return _C.native_build_reason(f"cuda:{index}") or None
 
 
 def native_reason(

@@ -41,8 +41,9 @@ class Packed:
     ) -> Tensor | None:
         """``relu(conv(x) + shortcut)``, or None where nothing is packed for inputs like ``x``.
 
-        Packed are native convolutions (of 3x3 filters as Winograd's transform where that is how they run), else oneDNN's, whose
-        ReLU, fused into its convolution, returns 0 for NaN. ``overwrite``: the shortcut's memory may be written over.
+        Packed are native convolutions, those of 3x3 filters as Winograd's transform where that is how they run, else
+        oneDNN's, whose ReLU, fused into its convolution, returns 0 for NaN. ``overwrite``: the shortcut's memory may be
+        written over.
         """
         weight, bias = conv.weight, conv.bias
         geometry = conv.stride, conv.padding, conv.dilation

@@ -26,11 +26,11 @@ from benchmarks import (
 )
 from benchmarks.__main__ import main, parse
 from benchmarks.cases import Case, Job, Outcome, compiled_step
-from benchmarks.checks import DRAWS, Check, check
-from benchmarks.memory import bytes_kept
 from benchmarks.photographs import photographs
 from benchmarks.timing import Effort, Race, Spread, race
 from resnet_fused import ops
+from resnet_fused.checks import DRAWS, Check, check
+from resnet_fused.counting import bytes_kept
 from resnet_fused.engine import current_engine
 
 BLOCK = ["--quick", "--blocks", "resnet18.layer1"]

@@ -97,8 +97,21 @@ NEWER = [*OLDER, "compute_100", "compute_103", "compute_110", "compute_120", "co
 
 
 def test_default_arch_list():
-    assert build.default_arch_list(NEWER) == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-    assert build.default_arch_list(OLDER) == "7.5;8.0;8.6;8.9;9.0+PTX"
+    assert build.default_arch_list(NEWER) == "7.5;8.0+PTX;8.6;8.9;9.0;10.0;12.0+PTX"
+    assert build.default_arch_list(OLDER) == "7.5;8.0+PTX;8.6;8.9;9.0+PTX"
+
+
+def test_the_cards_that_are_there_are_compiled_for():
+    everything = build.default_arch_list(NEWER)
+    assert build.arch_list([(8, 0)], NEWER, force=False) == "8.0"
+    assert build.arch_list([(9, 0), (8, 6), (9, 0)], NEWER, force=False) == "8.6;9.0"
+    assert build.arch_list([(12, 0), (8, 0)], NEWER, force=False) == "8.0;12.0"
+    assert build.arch_list([(8, 0)], NEWER, force=True) == everything
+    assert build.arch_list([], NEWER, force=False) == everything
+    assert build.arch_list([(6, 1), (8, 0)], NEWER, force=False) == "8.0"
+    assert build.arch_list([(6, 1)], NEWER, force=False) == everything
+    # PTX is all that serves a card that is newer than nvcc.
+    assert build.arch_list([(8, 0), (12, 0)], OLDER, force=False) == build.default_arch_list(OLDER)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -112,7 +125,8 @@ def test_default_cuda_arch_list_is_what_torch_knows(monkeypatch):
     flags = cpp_extension._get_cuda_arch_flags(build.NVCC_FLAGS)
     assert "-gencode=arch=compute_90,code=sm_90" in flags
     assert "-gencode=arch=compute_120,code=compute_120" in flags
-    assert len(flags) == 8
+    assert "-gencode=arch=compute_80,code=compute_80" in flags
+    assert len(flags) == 9
 
 
 def test_nvcc_flags_leave_torch_its_architectures():
@@ -174,6 +188,8 @@ def torch_with_cuda(tmp_path, monkeypatch):
     (toolkit / "bin").mkdir(parents=True)
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho compute_75\necho compute_90\n")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
     nvcc.chmod(0o755)
     site_packages = tmp_path / "archive"  # contains the letters that nvcc's flags may not
     for folder in ("torch", "nvidia/cu13/include", "nvidia/cublas/include"):
@@ -193,13 +209,20 @@ def test_extension_with_cuda(torch_with_cuda):
     extension = build.make_extension(torch, environ)
     assert extension.sources == build.CPP_SOURCES + ["csrc/cuda/a.cu"]
     assert ("RESNET_FUSED_VERSION", f'"{build.VERSION}"') in extension.define_macros
-    assert environ["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0+PTX"  # of what this nvcc knows
+    assert environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    build.make_extension(torch, forced := {"FORCE_CUDA": "1"})
+    assert forced["TORCH_CUDA_ARCH_LIST"] == "7.5;9.0+PTX"  # of what this nvcc knows
+    build.make_extension(torch, named := {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.6"})
+    assert named["TORCH_CUDA_ARCH_LIST"] == "8.6"
     wheels = [str(site_packages / "nvidia" / name / "include") for name in ("cu13", "cublas")]
     assert extension.include_dirs[-2:] == wheels
     cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]
     assert [cxx[i + 1] for i, flag in enumerate(cxx) if flag == "-isystem"] == extension.include_dirs
     assert "-Werror" in cxx and "-Werror=all-warnings" in nvcc
     assert not [flag for flag in nvcc if "arch" in flag]
+    assert "-lineinfo" not in nvcc
+    with_lines = build.make_extension(torch, {"RESNET_FUSED_LINEINFO": "1"})
+    assert "-lineinfo" in with_lines.extra_compile_args["nvcc"]
 
 
 def test_extension_without_gpu(torch_with_cuda, monkeypatch):

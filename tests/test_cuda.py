@@ -6,10 +6,13 @@ References are computed on the CPU in float64.
 """
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import environment
 from simulator import simulated
 from torch import nn
 
@@ -324,3 +327,36 @@ def test_more_than_two_to_the_31_elements():
         assert coefficients[0, 0] == 0 and abs(coefficients[0, 1].item() / mean - 1) < 1e-5
         z = ops.bn_apply(t, identity, relu=True)
         assert (z[0, 1, -1] == 3).all() and z[0, 1, -2, -1] == 0 and z[0, 0, 0, 0] == 0
+
+
+@pytest.mark.skipif(not simulated(), reason="takes the simulator to be another card")
+def test_a_card_that_the_build_does_not_serve_is_told_so():
+    """A T4, which a build for it serves but for the convolutions, and another one not at all."""
+    script = """
+import torch
+from resnet_fused import ops
+
+def said(call):
+    try:
+        call()
+    except NotImplementedError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+x = torch.zeros(1, 8, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+one = ((1, 1), (0, 0), (1, 1))
+print("##", ops.native_reason(x, x[:, :, :1, :1], *one, 1))
+print("##", said(lambda: ops.bn_statistics(x)))
+print("##", said(lambda: ops.conv_fprop(x, None, torch.ones(8, 8, 1, 1, device="cuda"), None, *one)))
+torch.cuda.synchronize()
+"""
+    environ = environment() | {"GPUSIM_DEVICE": "t4"}
+    result = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    native, statistics, fprop = (line[3:] for line in result.stdout.splitlines() if line.startswith("##"))
+    assert native == fprop and native.startswith("device cuda:0 has compute capability 7.5, and ")
+    if not statistics:
+        assert native.endswith("native convolutions need 8.0")
+    else:
+        assert statistics == native and "this build of resnet_fused is for " in native
+        assert native.endswith("build it again with TORCH_CUDA_ARCH_LIST=7.5")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from benchmarks import pipes
-from benchmarks.kernel_report import Kernel, growth, pipe_table
+from benchmarks.kernel_report import BOUNDS, BOUNDS_ARCH, Kernel, beyond_bounds, counted, growth, pipe_table
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
 
@@ -106,6 +106,19 @@ def test_a_pipe_that_takes_longer_is_a_regression():
     assert growth(replace(kernel(loop), registers=255), before) == [
         "1 blocks on a multiprocessor; kernel_counts.json has 2"
     ]
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_a_stage_may_take(name):
+    """Of the kernels as they were counted, and of the same with twice the instructions or accesses."""
+    entry = counted()[BOUNDS_ARCH][name]
+    found = replace(kernel(pipes.Loop(**entry["loop"])), name=name, threads=32 * entry["warps"])
+    assert beyond_bounds(found) == []
+    for field, pipe in (("instructions", "issue"), ("shared", "shared")):
+        worse = replace(found, loop=replace(found.loop, **{field: 2 * getattr(found.loop, field)}))
+        (said,) = beyond_bounds(worse)
+        assert said.startswith(f"{pipe}: ") and "at most" in said
+    assert beyond_bounds(replace(worse, arch="sm_90a")) == []
 
 
 def test_a_kernel_that_the_table_lacks_is_said():

@@ -22,8 +22,11 @@ def test_everything_printed_is_called_predicted(capsys):
         for network in ("resnet18", "resnet50"):
             for variant in predict.VARIANTS:
                 assert f"{network}, {card}, {variant}" in printed
-    for name in ("NORM", "OVERLAP", "LAUNCH", "DRAM_SHARE", "EAGER_NORM", "OUR_NORM", "TAIL"):
-        assert f"{name} " in printed, name
+    assumed = ("NORM", "OVERLAP", "LAUNCH", "SHARE", "TAIL", "AROUND", "CUDNN", "STEM", "PASSES", "BYTES", "SMALL")
+    copied = {"COUNTS", "STAGES", "ROW_BYTES", "BANKS_BYTES"}  # of the kernels
+    for name in vars(predict).keys() - copied:
+        if name.isupper() and any(word in name for word in assumed):
+            assert f"{name} " in printed, name
     for *_, rate, source in predict.PUBLISHED:
         assert str(rate) in printed and source in printed
 
@@ -72,6 +75,29 @@ def test_more_work_for_a_pipe_takes_longer(monkeypatch):
     monkeypatch.setattr(predict, "instances", lambda arch: ("sm_80", slower))
     assert predict.native_seconds(A100, conv, "fprop") > before
     assert predict.native_seconds(replace(A100, dram=A100.dram / 2), conv, "fprop") > before
+
+
+def test_shared_memory_limits_the_blocks():
+    """csrc/cuda/README.md says how much the largest tile with two sources takes, and what holds one of them only."""
+    conv = predict.Convolution(256, 128, 1, 56, 1, True)
+    (k,) = (
+        k
+        for k in predict.instances("sm_80")[1]["dgrad"]
+        if (k.rows, k.columns, k.prologues, k.flags) == (128, 128, ("BackwardAffine",), (False,))
+    )
+    shared = predict.shared_bytes(k, conv, "dgrad")
+    assert 72 << 10 <= shared < 74 << 10
+    assert [predict.resident(card, k, shared) for card in predict.CARDS] == [2, 2, 1]
+
+
+def test_splits_are_of_what_wgrad_reads():
+    """The stride leaves out three of four pixels of x: operands of 192 channels per output pixel, 65536 partials."""
+    conv = predict.Convolution(128, 32, 1, 28, 2, False)
+    assert conv.output_pixels == 256 * 14 * 14
+    assert predict.wgrad_splits(conv, 1, large=False) == 50176 // 512
+    wide = predict.Convolution(512, 1024, 1, 28, 2, False)
+    # 512 blocks fill a card once already; 50176 * (2*1024 + 512) // (4 * 512 * 1024) = 61 splits would be cheap.
+    assert predict.wgrad_splits(wide, 512, large=True) == 2
 
 
 def test_a_card_without_counts_is_served_by_older_ones():

@@ -64,6 +64,13 @@ bool native_multiplies(const std::string& device, const std::string& dtype) {
   return resnet_fused::conv_backend_of(c10::Device(device).type()).multiplies(dtype_named(dtype));
 }
 
+// Why no convolution runs on a device, by what this build was compiled for; empty if they do.
+std::string native_build_reason(const std::string& device) {
+  const c10::Device of(device);
+  const auto reason = resnet_fused::conv_backend_of(of.type()).reason;
+  return reason == nullptr ? "" : reason(of.has_index() ? of.index() : 0);
+}
+
 using Sizes = std::vector<int64_t>;
 
 int64_t conv_tiles(const std::string& device, const std::string& dtype, const std::string& pass, const Sizes& x,
@@ -95,6 +102,7 @@ struct PoolingContext {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("reduction_tiles", &reduction_tiles);
+  m.def("native_build_reason", &native_build_reason);
   m.def("native_limits", &native_limits);
   m.def("native_multiplies", &native_multiplies);
   m.def("conv_tiles", &conv_tiles);

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
+
 #include "../conv_params.h"
 #include "../params.h"
 
@@ -28,8 +30,12 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream);
 // For the launches: how many blocks of kThreads threads of `kernel` the current device runs at the same time.
 int64_t resident_blocks(const void* kernel);
 
-// For the launches: lets a convolution use up to so much shared memory on the current device, once; an error where the
-// build has no body of it for this card.
+// For the launches: lets a convolution use up to so much shared memory on the current device, once.
 cudaError_t prepare_conv(const void* kernel, int most_shared_bytes);
+
+// What the current device's code was compiled from, 80 for 8.0; an error where the build has none that it runs.
+cudaError_t code_version(int* version);
+// The compute capabilities that were compiled for: 8.0, 9.0
+std::string built_for();
 
 }  // namespace resnet_fused::cuda

@@ -130,6 +130,11 @@ class FusedForward:
         self._programs.clear()
         self._count = 0
 
+    def programs(self) -> list[Program]:
+        """Those that calls have asked for so far."""
+        kept = {id(p): p for of_key in self._programs.values() for p in of_key if isinstance(p, Program)}
+        return list(kept.values())
+
     # What fuse asks --------------------------------------------------------------------------------------------
 
     def usual(self, training: bool) -> Program | Left:
@@ -150,7 +155,7 @@ class FusedForward:
 
     def set_memory(self, memory: str) -> None:
         self.memory = memory
-        for program in [p for kept in self._programs.values() for p in kept if isinstance(p, Program)]:
+        for program in self.programs():
             for call in program.calls:
                 call.memory = memory
 

@@ -39,7 +39,7 @@ class RunCall:
         self.overwrite = overwrite
         self.pairs, self.relu, self.memory = run.units, run.relu, memory
         self.join, self.projection, self.behind = run.join, run.projection, run.behind
-        self._run = run
+        self.run = run
         self._steps: Callable | None = None
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
@@ -49,21 +49,25 @@ class RunCall:
         if added is not None or not joins_tensor:  # whatever adds None, eager says what becomes of it
             z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
         if z is None:
-            if self._steps is None:
-                self._steps = self._compile_steps()
-            return self._steps(module, x, shortcut) if joins_tensor else self._steps(module, x)
+            return self.step_by_step(module, x, shortcut)
         for m in self.behind:
             z = m(z)
         return z
 
+    def step_by_step(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
+        """What the module does itself."""
+        if self._steps is None:
+            self._steps = self._compile_steps()
+        return self._steps(module, x, shortcut) if self.join is Join.TENSOR else self._steps(module, x)
+
     def _compile_steps(self) -> Callable:
-        """The recorded steps one by one: what the module does itself."""
+        """The recorded steps one by one."""
         graph = fx.Graph()
-        inputs = [self._run.source] + ([self._run.shortcut] if self._run.shortcut is not None else [])
+        inputs = [self.run.source] + ([self.run.shortcut] if self.run.shortcut is not None else [])
         copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
-        for node in self._run.nodes:
+        for node in self.run.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.output(copies[self._run.nodes[-1]])
+        graph.output(copies[self.run.nodes[-1]])
         return _compiled(graph, "steps", {})
 
 
@@ -115,6 +119,19 @@ class Program:
         results = self._function(module, module, *tensors)
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
 
+    def watch(self, wrap: Callable[[RunCall], Callable]) -> None:
+        """Until :meth:`unwatch`, what ``wrap`` makes of a run's call is called in its place."""
+        self._put({call: wrap(call) for call in self.calls})
+
+    def unwatch(self) -> None:
+        """Undoes :meth:`watch`."""
+        self._put({call: call for call in self.calls})
+
+    def _put(self, calls: dict[RunCall, Callable]) -> None:
+        if self._function is not None:
+            # The function calls runs by these names.
+            self._function.__globals__.update(zip(self._names, calls.values(), strict=True))
+
     def _compile(self, graph: fx.Graph, name: str) -> Callable:
         ends = {run.nodes[-1]: i for i, run in enumerate(self.runs)}
         places = [_Place(f"run_{i}") for i in range(len(self.runs))]
@@ -129,7 +146,10 @@ class Program:
                 copies[node] = fused.call_function(places[ends[node]], (module, *(copies[n] for n in inputs)))
             elif node not in members:
                 copies[node] = fused.node_copy(node, copies.__getitem__)
-        return _compiled(fused, name, dict(zip(places, self.calls, strict=True)))
+        function = _compiled(fused, name, dict(zip(places, self.calls, strict=True)))
+        names = {id(value): name for name, value in function.__globals__.items()}
+        self._names = [names[id(call)] for call in self.calls]
+        return function
 
 
 def _reads_last(run: Run, made: dict[fx.Node, Run]) -> bool:

@@ -124,6 +124,7 @@ const ConvBackend& cpu_conv_backend() {
       cpu::fprop,
       cpu::dgrad,
       cpu::wgrad,
+      nullptr,
       cpu::kept_bytes,
       cpu::pack_to_keep,
       cpu::algorithm,

@@ -15,7 +15,8 @@ template <class T, class Tile, class Prologue>
 class HaloPixels {
  public:
   using Layout = KMajorTile<T, Tile::kM>;
-  using Dealt = Deal<Layout, Tile::kBlockThreads>;
+  using Copies = Copier<T, Layout, Prologue::kSources, Tile::kBlockThreads>;
+  using Dealt = typename Copies::Dealt;
   using Ring = CoefficientRing<T, Prologue>;
   static constexpr int kStageBytes = 0;  // the ring is B's alone
   static constexpr bool kAhead = Prologue::kTables > 0;
@@ -24,25 +25,22 @@ class HaloPixels {
   static constexpr int rows(int halo) { return Tile::kM + 2 * halo; }
   static constexpr int source_bytes(int halo) { return rows(halo) * Layout::kRowBytes; }
   static constexpr int shared_bytes(int halo) {
-    return kZeroBytes + 2 * Prologue::kSources * source_bytes(halo) + Ring::kBytes;
+    return kBanksBytes + 2 * Prologue::kSources * source_bytes(halo) + Ring::kBytes;
   }
 
   __device__ HaloPixels(const void* tensor, const void* second, const void* table, unsigned char* memory,
                         const Gather& gh, const Gather& gw, int channels, const PixelGrid& grid, int64_t first_row)
-      : first_(static_cast<const typename T::Value*>(tensor)),
-        second_(static_cast<const typename T::Value*>(second)),
+      : copies_(tensor, second),
         halo_(abs(gh.add) * grid.width + abs(gw.add)),
-        coefficients_(table, channels, memory + kZeroBytes + 2 * Prologue::kSources * source_bytes(halo_)),
+        coefficients_(table, channels, memory + kBanksBytes + 2 * Prologue::kSources * source_bytes(halo_)),
         zeros_(ptx::shared_address(memory)),
-        slices_(memory + kZeroBytes),
+        slices_(memory + kBanksBytes),
         channels_(channels) {
-    if (threadIdx.x < kZeroBytes / 4) reinterpret_cast<uint32_t*>(memory)[threadIdx.x] = 0;
+    if (threadIdx.x < kBanksBytes / 4) reinterpret_cast<uint32_t*>(memory)[threadIdx.x] = 0;
     pixels_ = static_cast<int>(grid.pixels());
     pixel_ = static_cast<int>(first_row) - halo_ + Dealt::row(0);
     column_ = Dealt::column() * kChunkValues<T>;
-    offset_ = Dealt::first_offset();
     ptx::keep(column_);
-    ptx::keep(offset_);
     step_ = gw.step;
     step_of_rows_ = gh.step * grid.width - 3 * gw.step;
     row_ = warp_row<Tile>() + threadIdx.x % 16 + halo_ + gh.add * grid.width + gw.add;
@@ -100,7 +98,7 @@ class HaloPixels {
     const uint32_t at = first + ((threadIdx.x % 32 / 16 ^ row_ >> 1) & 3) * kChunkBytes;
 #pragma unroll
     for (int i = 0; i < Tile::kFragmentsM; ++i) {
-      at_[i] = inside_[i] >> tap_ & 1 ? at + i * 16 * Layout::kRowBytes : zeros_ + at % kZeroBytes;
+      at_[i] = inside_[i] >> tap_ & 1 ? at + i * 16 * Layout::kRowBytes : zeros_ + at % kBanksBytes;
     }
     row_ += step_;
     if (++tap_ % 3 == 0) row_ += step_of_rows_;
@@ -117,7 +115,6 @@ class HaloPixels {
 
  private:
   static constexpr int kTaps = 9, kFirst = kStages - 1;  // the first tap that copies and transforms
-  static constexpr int kZeroBytes = 128;                 // of all banks
   static constexpr int kMostChunks = rows(kMostHaloPixels) / Dealt::kRowStep;
   static_assert(rows(kMostHaloPixels) % Dealt::kRowStep == 0);
   static constexpr int kAtATime = (kMostChunks + kTaps - kFirst - 1) / (kTaps - kFirst);
@@ -132,10 +129,7 @@ class HaloPixels {
     const int row = i * Dealt::kRowStep, pixel = pixel_ + row, channel = first_channel + column_;
     if (Dealt::row(0) + row >= rows(halo_)) return;
     const bool valid = static_cast<unsigned>(pixel) < static_cast<unsigned>(pixels_) && channel < channels_;
-    const uint32_t to = ptx::shared_address(slice) + offset_ + i * Dealt::kStepBytes;
-    const int64_t from = int64_t{pixel} * channels_ + channel;
-    ptx::cp_async_16(to, first_ + from, valid);
-    if constexpr (Prologue::kSources == 2) ptx::cp_async_16(to + source_bytes(halo_), second_ + from, valid);
+    copies_.copy(slice, i, int64_t{pixel} * channels_ + channel, valid, source_bytes(halo_));
   }
 
   // kAtATime chunks of a slice, those too which no tap reads.
@@ -147,19 +141,18 @@ class HaloPixels {
 #pragma unroll
       for (int i = 0; i < kAtATime; ++i) {
         if (Dealt::row(0) + (first + i) * Dealt::kRowStep >= rows(halo_)) break;
-        transform_chunk<T, Prologue>(slice + offset_ + (first + i) * Dealt::kStepBytes, source_bytes(halo_), true, c);
+        copies_.template transform<Prologue>(slice, first + i, true, c, source_bytes(halo_));
       }
     }
   }
 
-  const typename T::Value* first_;
-  const typename T::Value* second_;
+  Copies copies_;
   int halo_;
   Ring coefficients_;
   uint32_t zeros_;
   unsigned char* slices_;
   int channels_, pixels_;
-  int pixel_, column_, offset_;  // the thread's first chunk: its pixel, its channel in a slice, bytes into one
+  int pixel_, column_;  // the thread's first chunk: its pixel, its channel in a slice
   int issued_ = 0, next_channel_ = kTileK<T>, slice_of_issued_ = 0;  // the tap that is issued next, the slice behind it
   int tap_ = 0, read_channel_ = 0, slice_ = 0;                       // what is multiplied
   int row_, step_, step_of_rows_;  // the slice's row that the lane reads at this tap, and the way to the next one

@@ -8,7 +8,7 @@
 #include "shapes.h"
 #include "tile.cuh"
 
-// A build for older cards too leaves the kernels' bodies empty there; prepare_conv refuses them.
+// A build for older cards too leaves the kernels' bodies empty there; backend.cpp refuses to launch them.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define RESNET_FUSED_TENSOR_CORES 1
 #else
@@ -21,8 +21,8 @@ namespace resnet_fused::cuda {
 using Tile128x128 = BlockTile<128, 128, 2, 2, 2>;
 using Tile128x64 = BlockTile<128, 64, 4, 1, 3>;
 using Tile64x64 = BlockTile<64, 64, 2, 2, 4>;
-// wgrad's for three taps of 64 channels.
-using TileOfTaps = BlockTile<64, 3 * 64, 2, 2, 2>;
+// wgrad's for three taps.
+using TileOfTaps = BlockTile<kChannelsOfTaps, 3 * kChannelsOfTaps, 2, 2, 2>;
 
 template <class Call>
 cudaError_t dispatch_tile(TileShape shape, Call call) {

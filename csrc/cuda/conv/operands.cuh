@@ -40,20 +40,27 @@ class Copier {
     ptx::keep(offset_);
   }
 
-  // Chunk i of the stage from element `offset` of the tensors, or zeros.
-  __device__ void copy(unsigned char* stage, int i, int64_t offset, bool valid) {
+  // Chunk i of the stage from element `offset` of the tensors, or zeros; the second tensor's, `apart` bytes behind.
+  __device__ void copy(unsigned char* stage, int i, int64_t offset, bool valid, int apart = Layout::kBytes) const {
     const uint32_t to = ptx::shared_address(stage) + offset_ + i * Dealt::kStepBytes;
     ptx::cp_async_16(to, first_ + offset, valid);
-    if constexpr (kSources == 2) ptx::cp_async_16(to + Layout::kBytes, second_ + offset, valid);
+    if constexpr (kSources == 2) ptx::cp_async_16(to + apart, second_ + offset, valid);
   }
 
-  // The chunks of a stage that has arrived become what the prologue makes of them, those whose bit is set in `valid`.
+  // Chunk i of a stage that has arrived becomes what the prologue makes of it, where `valid`.
+  template <class Prologue>
+  __device__ void transform(unsigned char* stage, int i, bool valid, const Coefficients<Prologue, kChunkValues<T>>& c,
+                            int apart = Layout::kBytes) const {
+    transform_chunk<T, Prologue>(stage + offset_ + i * Dealt::kStepBytes, apart, valid, c);
+  }
+
+  // All chunks, those whose bit is set in `valid`.
   template <class Prologue>
   __device__ void transform(unsigned char* stage, uint32_t valid,
                             const Coefficients<Prologue, kChunkValues<T>>& c) const {
 #pragma unroll
     for (int i = 0; i < Dealt::kChunks; ++i) {
-      transform_chunk<T, Prologue>(stage + offset_ + i * Dealt::kStepBytes, Layout::kBytes, valid >> i & 1, c);
+      transform<Prologue>(stage, i, valid >> i & 1, c);
     }
   }
 

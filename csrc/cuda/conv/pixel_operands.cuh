@@ -176,23 +176,22 @@ class RowOfTaps {
  public:
   static constexpr int kTaps = 3, kChannels = Tile::kN / kTaps;
   using Layout = MnMajorTile<T, kChannels>;
-  using Dealt = Deal<Layout, Tile::kBlockThreads>;
+  using Copies = Copier<T, Layout, 1, Tile::kBlockThreads>;
+  using Dealt = typename Copies::Dealt;
   static constexpr int kRows = kTileK<T> + kTaps - 1;
   static constexpr int kStageBytes = (kRows * Layout::kRowBytes + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
-  static constexpr int kZeroBytes = 128;  // of all banks, at `zeros`
+  static constexpr int kZeroBytes = kBanksBytes;  // at `zeros`
   static_assert(sizeof(typename T::Value) == 2 && Layout::kRowBytes == kZeroBytes);
 
   // The gathers' `add` is the middle tap's.
   __device__ RowOfTaps(const void* tensor, const void* table, unsigned char* zeros, const Gather& gh, const Gather& gw,
                        const PixelGrid& grid, int begin, int end, int channels, int first_channel)
-      : tensor_(static_cast<const typename T::Value*>(tensor)),
+      : copies_(tensor, nullptr),
         pixels_(gh, gw, grid, begin - 1, static_cast<int>(grid.pixels())),
         channels_(channels),
         channel_(first_channel + Dealt::column() * kChunkValues<T>),
-        offset_(Dealt::first_offset()),
         width_(grid.width),
         stage_width_(kTileK<T> % grid.width) {
-    ptx::keep(offset_);
     next_ = pixels_.next();
     if (threadIdx.x < kZeroBytes / 4) reinterpret_cast<uint32_t*>(zeros)[threadIdx.x] = 0;
     const int row = threadIdx.x % 16, column = warp_column<Tile>() / kTaps / kChunkValues<T> + threadIdx.x % 32 / 16;
@@ -217,8 +216,7 @@ class RowOfTaps {
       const int pixel = __shfl_sync(kWholeWarp, beyond ? next_ : of_lane, Dealt::row(i) % kTileK<T>);
       if (beyond && Dealt::row(i) >= kRows) break;
       const bool valid = pixel >= 0 && channel_ < channels_;
-      const uint32_t to = ptx::shared_address(stage) + offset_ + i * Dealt::kStepBytes;
-      ptx::cp_async_16(to, tensor_ + int64_t{pixel} * channels_ + channel_, valid);
+      copies_.copy(stage, i, int64_t{pixel} * channels_ + channel_, valid);
       if constexpr (Prologue::kTables > 0) valid_.add(i, valid);
     }
   }
@@ -228,8 +226,7 @@ class RowOfTaps {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         if (i * Dealt::kRowStep >= kTileK<T> && Dealt::row(i) >= kRows) break;
-        transform_chunk<T, Prologue>(stage + offset_ + i * Dealt::kStepBytes, 0, valid_.oldest() >> i & 1,
-                                     coefficients_);
+        copies_.template transform<Prologue>(stage, i, valid_.oldest() >> i & 1, coefficients_);
       }
     }
   }
@@ -263,10 +260,10 @@ class RowOfTaps {
  private:
   static constexpr int kChunks = (kRows + Dealt::kRowStep - 1) / Dealt::kRowStep;
 
-  const typename T::Value* tensor_;
+  Copies copies_;
   TapPixels<T> pixels_;
   ValidChunks<kChunks> valid_;
-  int channels_, channel_, offset_;
+  int channels_, channel_;
   int width_, stage_width_;  // pixels in a row, and by how much a stage moves within it
   int next_;                 // the pixel of the lane's row in the stage to come
   int left_;                 // pixels from the lane's first to the end

@@ -81,8 +81,8 @@ constexpr bool keeps_plane(const ConvShape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.p == s.h && s.q == s.w;
 }
 
-// Where they do, a tile's pixels and a halo before and behind
-// them are all that it reads: `halo_pixels` each. -1 elsewhere, and where they would take too much shared memory.
+// Where they do, a tile's pixels and a halo before and behind them are all that it reads: `halo_pixels` each. -1
+// elsewhere, and where they would take too much shared memory.
 inline constexpr int kMostHaloPixels = 64;
 constexpr int halo_pixels(const ConvShape& s) {
   const int64_t pixels = int64_t{s.pad_h} * s.w + s.pad_w;
@@ -136,12 +136,15 @@ constexpr TileShape wgrad_tile(const ConvShape& s) {
   return s.k > 64 && s.c > 64 ? TileShape::k128x128 : s.k > 64 ? TileShape::k128x64 : TileShape::k64x64;
 }
 
+// Channels of either side in a tile of three taps.
+inline constexpr int kChannelsOfTaps = 64;
+
 // Blocks per split.
 constexpr int64_t wgrad_row_tiles(const ConvShape& s, DType dtype) {
-  return ceil_div(s.k, wgrad_of_rows(s, dtype) ? 64 : tile_rows(wgrad_tile(s)));
+  return ceil_div(s.k, wgrad_of_rows(s, dtype) ? kChannelsOfTaps : tile_rows(wgrad_tile(s)));
 }
 constexpr int64_t wgrad_column_tiles(const ConvShape& s, DType dtype) {
-  if (wgrad_of_rows(s, dtype)) return s.r * ceil_div(s.c, 64);
+  if (wgrad_of_rows(s, dtype)) return s.r * ceil_div(s.c, kChannelsOfTaps);
   return int64_t{s.r} * s.s * ceil_div(s.c, tile_columns(wgrad_tile(s)));
 }
 

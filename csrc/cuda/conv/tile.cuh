@@ -28,6 +28,9 @@ inline constexpr int kTileK = kStageChunks * kChunkValues<T>;
 // number are XORed, so tiles begin at whole rows: at multiples of kTileAlignment.
 inline constexpr int kTileAlignment = 512;
 
+// A row of all banks: zeros of so many bytes are read, for padding, in the banks where a value would have been.
+inline constexpr int kBanksBytes = 128;
+
 // kExtent rows of kTileK values: the reduction runs along memory. A row is half of the 128 bytes of all banks.
 template <class T, int kExtent>
 struct KMajorTile {

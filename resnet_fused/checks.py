@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""The numerical check of the benchmarks: the tolerance policy on real activations and whole networks."""
+"""The tolerance policy on whole networks, by the benchmarks and by ``python -m resnet_fused``."""
 
 from __future__ import annotations
 
