@@ -238,16 +238,17 @@ def growth(kernel: Kernel, before: dict | None) -> list[str]:
 def beyond_bounds(kernel: Kernel) -> list[str]:
     """Which of BOUNDS a main loop takes more than."""
     bounds = BOUNDS.get(kernel.name) if kernel.arch == BOUNDS_ARCH else None
-    if bounds is None:
+    cycles = kernel.cycles
+    if bounds is None or cycles is None:
         return []
-    shared = (kernel.cycles.shared + kernel.cycles.shared_most) / 2
+    shared = (cycles.shared + cycles.shared_most) / 2
     if kernel.name.startswith(("fprop_kernel", "dgrad_kernel")) and ", true" in kernel.name:
         shared = HALO_SHARED + HALO_RUNS * (shared - HALO_SHARED)
-    taken = {"issue": kernel.cycles.issue, "shared": shared}
+    taken = {"issue": cycles.issue, "shared": shared}
     return [
-        f"{pipe}: {cycles:.0f} cycles of a stage; at most {bound:.0f} are wanted"
-        for (pipe, cycles), bound in zip(taken.items(), bounds, strict=True)
-        if cycles > bound
+        f"{pipe}: {found:.0f} cycles of a stage; at most {bound:.0f} are wanted"
+        for (pipe, found), bound in zip(taken.items(), bounds, strict=True)
+        if found > bound
     ]
 
 

@@ -301,6 +301,7 @@ def shared_bytes(k: Instance, c: Convolution, which: str) -> int:
 def resident(card: Card, k: Instance, shared: int) -> int:
     """Blocks that a multiprocessor holds."""
     processor = multiprocessor(card.arch)
+    assert processor is not None, card.arch
     return min(k.blocks, processor.shared // round_up(shared + processor.reserved, processor.shared_unit))
 
 
