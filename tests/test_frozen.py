@@ -10,13 +10,13 @@ import copy
 
 import pytest
 import torch
-from benchmarks.memory import bytes_kept
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.misc import FrozenBatchNorm2d
 from user_models import classifier, fused_copy, nontrivial
 
 import resnet_fused as rf
+from resnet_fused.counting import bytes_kept
 from resnet_fused.testing import assert_passed, compare_modules
 
 
