@@ -118,4 +118,10 @@ def residual(
         return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)
     reads = block.reads_joined(chain, join, relu)
     plan, tensors = block.choose(x, chain, join, relu, minimal, cast_weights, reads)
-    return _Block.apply(plan, x, external, *tensors)
+    return run(plan, x, external, tensors)
+
+
+def run(plan: Plan, x: Tensor, shortcut: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:
+    """A planned block. ``shortcut``: a tensor from elsewhere; ``tensors``: seven per unit."""
+    z: Tensor = _Block.apply(plan, x, shortcut, *tensors)
+    return z
