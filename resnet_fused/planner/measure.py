@@ -46,7 +46,8 @@ class _Events:
     def __init__(self, device: torch.device):
         self._other = torch.zeros(max(1 << 20, cache_bytes(device) // 2), device=device)
         self._passes = 1
-        self._passes = max(1, math.ceil(HEAD_START / max(1e-6, self(lambda: [self._other.sum() for _ in range(8)]) / 8)))
+        one = self(lambda: [self._other.sum() for _ in range(8)]) / 8
+        self._passes = max(1, math.ceil(HEAD_START / max(1e-6, one)))
 
     def __call__(self, call: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -54,7 +54,7 @@ class Proof:
         self._whole = whole.copy()  # others update the running statistics of theirs
         self._expected = observe(self._whole, self._library)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  (a proof lives as long as one block is planned)
+    @functools.cache  # noqa: B019  (a proof lives as long as one block is planned)
     def _draw(self, index: int) -> tuple[Scratch, dict[str, Tensor], dict[str, Tensor]]:
         scratch = make(self._few, seed=index + 1)
         return scratch, observe(scratch, self._library), observe(scratch, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Scratch:
     def copy(self, dtype: torch.dtype | None = None) -> Scratch:
         """The same values in memory of their own, converted to ``dtype`` if it is given."""
 
-        def fresh(t: Tensor | None) -> Tensor | None:
+        def fresh(t: Any) -> Any:
             if t is None:
                 return None
             made = t.detach().to(dtype or t.dtype, copy=True, memory_format=torch.preserve_format)
@@ -58,7 +59,7 @@ class Scratch:
                 packed = None if conv.packed is None else Packed()
                 conv = conv._replace(weight=fresh(conv.weight), bias=fresh(conv.bias), packed=packed)
             if norm is not None:
-                norm = Norm(*(fresh(t) for t in norm[:4]), None, *norm[5:])
+                norm = Norm._make((*(fresh(t) for t in norm[:4]), *norm[4:]))
             chain.append(Unit(conv, norm))
         return Scratch(self.key, fresh(self.x), fresh(self.shortcut), tuple(chain), fresh(self.grad))
 

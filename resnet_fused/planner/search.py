@@ -22,7 +22,9 @@ MOST_COPIES = 16
 WORKING_SHARE = 6
 
 
-def plan_block(key: Key, native: Choices, table: Choices, known: Entry | None = None, clock: Clock | None = None) -> Entry:
+def plan_block(
+    key: Key, native: Choices, table: Choices, known: Entry | None = None, clock: Clock | None = None
+) -> Entry:
     """Proves and measures candidates for ``key``.
 
     Args:

@@ -51,7 +51,7 @@ def parse(text: str) -> Plans:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         return {
-            json.dumps(record["machine"], sort_keys=True): {
+            json.dumps(dict(record["machine"]), sort_keys=True): {
                 str(block): Entry.from_json(entry) for block, entry in record["blocks"].items()
             }
             for record in content["machines"]
