@@ -49,7 +49,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     choice = parser.add_argument_group("what to run")
     pattern: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "PART"}
-    choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1; also resnext50_32x4d, mobilenet_v2")
+    choice.add_argument(
+        "--blocks",
+        **pattern,
+        help="blocks whose name contains PART, such as resnet50.layer1; also resnext50_32x4d, mobilenet_v2",
+    )
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
     choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
     choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")

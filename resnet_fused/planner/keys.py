@@ -171,7 +171,7 @@ def machine(device: torch.device) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
-        "driver": str(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009  (its stubs lack it),
+        "driver": str(getattr(torch._C, "_cuda_getDriverVersion")()),  # noqa: B009  (its stubs lack it)
         "cudnn": str(torch.backends.cudnn.version()),
         **versions,
     }
