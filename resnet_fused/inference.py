@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import opaque, ops
+from resnet_fused import eager, opaque, ops
 from resnet_fused.engine import current_engine
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import Choices
@@ -53,6 +53,8 @@ def run_units(
     overwrite: bool = False,
 ) -> Tensor:
     """:func:`residual` in ``x``'s layout, with what is native of each unit, the projection's last."""
+    if not choices:
+        return eager.residual(x, units, shortcut, relu)
     if isinstance(shortcut, Unit):
         shortcut, overwrite = _unit(x, shortcut, None, False, choices[-1][0]), True
     a = x

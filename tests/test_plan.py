@@ -7,14 +7,16 @@ import multiprocessing
 
 import pytest
 import torch
+from pairs import PAIRS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused import block, ops
 from resnet_fused.planner import decide, keys, search, store
-from resnet_fused.planner.entry import Entry, all_library, name_of
+from resnet_fused.planner.entry import EAGER, Entry, all_library, name_of
 from resnet_fused.planner.scratch import Scratch
+from resnet_fused.testing import observe
 
 CHANNELS = 16
 MIXED = ((True, False), (False, True))
@@ -103,9 +105,12 @@ def ran(monkeypatch):
 
 def costs_of_passes(fprop, backward):
     """A candidate's time where each native pass adds, or spares, so much for each unit."""
-    return lambda choices: 10 + sum(
-        f * a + b * c for f, b, (a, c) in zip(fprop, backward, choices, strict=True)
-    )
+    def cost(choices):
+        if choices == EAGER:
+            return 20
+        return 10 + sum(f * a + b * c for f, b, (a, c) in zip(fprop, backward, choices, strict=True))
+
+    return cost
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,39 @@ def basic_like(model, x):
         return model(x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["basic_stride", "bottleneck", "resnext"])
+def test_eager_runs_where_it_is_the_fastest(name, training, seconds):
+    """With the very numbers of the modules, in training with its gradients and running statistics."""
+    seconds(lambda c: 1.0 if c == EAGER else 2.0)
+    channels, make = PAIRS[name]
+    fused, composed = make()
+    x = torch.randn(2, channels, 6, 6)
+    report = rf.plan(fused, x, training=training)
+    assert [b.choices for b in report.blocks] == [EAGER]
+    decide.forget(plans=True)
+    assert store_of_file(report)
+    seen = [observe(m.train(training), x, gradients=training) for m in (fused, composed)]
+    for key, value in seen[1].items():
+        torch.testing.assert_close(seen[0][key], value, rtol=1e-6, atol=1e-6)
+    rf.set_memory(fused, "minimal")
+    if training:
+        assert rf.plan(fused, x).blocks[0].choices != EAGER
+
+
+def store_of_file(report):
+    return all(decide.store.find(b.key).choices == b.choices for b in report.blocks)
+
+
+def test_compiled_blocks_cannot_be_eager(measured, ran, monkeypatch):
+    monkeypatch.setattr(search, "plan_block", lambda *_: entry(EAGER))
+    model, x = basic_block(), images()
+    rf.plan(model, x)
+    ran.clear()
+    torch.compile(model, backend="aot_eager")(x).sum().backward()
+    assert set(ran) == {LIBRARY}
+
+
 def test_a_wrong_kernel_is_disqualified(seconds, monkeypatch):
     right = ops.conv_fprop
 
@@ -161,7 +199,7 @@ def test_a_wrong_kernel_is_disqualified(seconds, monkeypatch):
         return y * 1.01, statistics
 
     monkeypatch.setattr(ops, "conv_fprop", wrong)
-    seconds(lambda c: 10 - sum(map(sum, c)))  # the more is native, the faster
+    seconds(lambda c: 10 - sum(map(sum, c)) if c else 20)  # the more is native, the faster
     model, x = basic_block(), images()
     with pytest.warns(UserWarning, match=r"not used here: native, for training float32 2x16x6x6.*report"):
         (planned,) = rf.plan(model, x).blocks
@@ -185,7 +223,7 @@ def test_a_kernel_wrong_beyond_a_few_images_is_disqualified(seconds, monkeypatch
 
     monkeypatch.setattr(ops, "conv_fprop", wrong)
     monkeypatch.setattr("resnet_fused.planner.proof.MOST_MULTIPLY_ADDS", 1)
-    seconds(lambda c: 10 - sum(map(sum, c)))
+    seconds(lambda c: 10 - sum(map(sum, c)) if c else 20)
     with pytest.warns(UserWarning, match="from the library's"):
         (planned,) = rf.plan(basic_block(), images(8)).blocks
     assert not any(fprop for fprop, _ in planned.choices)

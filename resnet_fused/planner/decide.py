@@ -22,7 +22,7 @@ from torch import Tensor
 from resnet_fused import opaque, ops
 from resnet_fused.choice import Use, native_is_faster
 from resnet_fused.engine import current_engine
-from resnet_fused.planner.entry import Choices, Entry, all_library
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library
 from resnet_fused.planner.keys import Key, key_of
 from resnet_fused.planner.store import Store, say
 from resnet_fused.units import Join, Unit, output_plane
@@ -118,7 +118,10 @@ def choices(
     cast_weights: bool = False,
     reads_joined: bool = False,
 ) -> Choices:
-    """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad."""
+    """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
+
+    Or `EAGER`, which only a plan says.
+    """
     engine = current_engine()
     recorder = _recorder.get()
     if recorder is None and engine != "auto":
@@ -126,7 +129,9 @@ def choices(
     key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined)
     if recorder is None:
         found = _decided.get(key)
-        return found[0] if found is not None else _decide(key, x, chain)
+        chosen = found[0] if found is not None else _decide(key, x, chain)
+        # What is compiled has an operator of its own for a block, which eager is not.
+        return all_library(chain) if not chosen and opaque.in_operator() else chosen
     native = possible(training, x, chain)
     table = shipped(training, x, chain, join, native)
     chosen, source = all_library(chain), engine
@@ -140,6 +145,8 @@ def choices(
 
 def _limited(entry: Entry, native: Choices) -> Choices:
     """A plan's choices as far as they are possible: a file can say anything."""
+    if not entry.choices:
+        return EAGER
     return tuple((e[0] and n[0], e[1] and n[1]) for e, n in zip(entry.choices, native, strict=True))
 
 
@@ -186,7 +193,7 @@ def _decide(key: Key, x: Tensor, chain: Sequence[Unit]) -> Choices:
         if key in _decided:
             return _decided[key][0]
         found = _known(key, native)
-        if found is None and any(any(unit) for unit in native) and _may_measure(key):
+        if found is None and _may_measure(key):
             found = _measure(key, native, table)
         if len(_decided) >= MOST_DECIDED:
             _decided.clear()

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 # Per unit, the projection's last: whether its fprop is native, and its dgrad and wgrad. Those two share a choice, as
 # they share the gradient in parts; in inference the second is False.
+# Empty: the block runs as eager PyTorch composes it.
 Choices = tuple[tuple[bool, bool], ...]
+EAGER: Choices = ()
 
 _ENGINES = {False: "library", True: "native"}
 _ONE_PASS = {(False, False): "library", (True, True): "native", (True, False): "fprop", (False, True): "backward"}
@@ -17,6 +19,8 @@ _ONE_PASS = {(False, False): "library", (True, True): "native", (True, False): "
 
 def name_of(choices: Choices, training: bool) -> str:
     """A candidate's name: per unit what is native of it, in one word where all units agree."""
+    if not choices:
+        return "eager"
     units = [_ONE_PASS[u] if training else _ENGINES[u[0]] for u in choices]
     return units[0] if len(set(units)) == 1 else " | ".join(units)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from resnet_fused.planner.entry import Choices, Entry, all_library, name_of
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, name_of
 from resnet_fused.planner.keys import Key, machine
 from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, medians
 from resnet_fused.planner.proof import Proof
@@ -75,7 +75,7 @@ class _Search:
         self.key, self.native = key, native
         self.library = all_library(key.units)
         self.disqualified: dict[str, str] = dict(known.disqualified) if known is not None else {}
-        self.proven: dict[Choices, bool] = {self.library: True}
+        self.proven: dict[Choices, bool] = {self.library: True, EAGER: True}
         first = make(key, seed=0)
         if WORKING_SHARE * first.bytes > _available(key.device):
             raise MemoryError
@@ -129,15 +129,16 @@ class _Search:
         return holding[min(found, key=lambda name: found[name])]
 
     def entry(self, table: Choices) -> Entry:
-        if not any(any(unit) for unit in self.native):
-            self.race(self.library)
-            return Entry(self.library, "library", "nothing here can run natively", self.seconds, self.disqualified)
+        # Eager keeps more for backward, which minimal memory forbids.
+        composed = () if self.key.minimal else (EAGER,)
         if not self.holds(self.native):
             self.strike()
         allowed = self.native
         table = tuple((t[0] and n[0], t[1] and n[1]) for t, n in zip(table, allowed, strict=True))
-        best = self.race(self.library, allowed, table)
-        flips = [c for c in _flips(best, allowed) if c not in (self.library, allowed, table)]
+        fused = {self.library, allowed, table}
+        self.race(*fused, *composed)
+        best = min((c for c in fused if self.holds(c)), key=lambda c: self.seconds[self.name(c)])
+        flips = [c for c in _flips(best, allowed) if c not in fused]
         if flips:
             self.race(best, *flips)
             gains = [c for c in flips if self.seconds.get(self.name(c), 1e9) < self.seconds[self.name(best)]]
@@ -149,7 +150,9 @@ class _Search:
                     for t, f, b in zip(together, c, best, strict=True)
                 )
             gains.sort(key=lambda c: self.seconds[self.name(c)])
-            best = self.race(self.library, best, *gains[:1], together)
+            best = self.race(self.library, best, *gains[:1], together, *composed)
+        else:
+            best = min((best, *composed), key=lambda c: self.seconds[self.name(c)])
         ratio = self.seconds["library"] / self.seconds[self.name(best)] if best != self.library else 1.0
         if best == self.library:
             why = "the library is the fastest"

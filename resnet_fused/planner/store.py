@@ -136,7 +136,7 @@ class Store:
         """What is known for ``key`` on this machine with these versions."""
         here = machine(key.device)
         entry = self.plans.get(json.dumps(here, sort_keys=True), {}).get(str(key))
-        if entry is not None and len(entry.choices) == len(key.units):
+        if entry is not None and len(entry.choices) in (0, len(key.units)):
             return entry
         for name in self.plans:
             there = json.loads(name)
