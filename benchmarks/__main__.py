@@ -49,7 +49,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     choice = parser.add_argument_group("what to run")
     pattern: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "PART"}
-    choice.add_argument("--blocks", **pattern, help="blocks whose name contains PART, such as resnet50.layer1")
+    choice.add_argument(
+        "--blocks",
+        **pattern,
+        help="blocks whose name contains PART, such as resnet50.layer1; also resnext50_32x4d, mobilenet_v2",
+    )
     choice.add_argument("--networks", **pattern, help="networks whose name contains PART, such as resnet50")
     choice.add_argument("--small", action="store_true", help="small and unusual work, eager against fused, on the CPU")
     choice.add_argument("--profile", **pattern, help="where the time of such networks goes, fused, on the CPU")
@@ -86,6 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="whether fused with native convolutions takes part (default: on a GPU, where there are any)",
     )
+    how.add_argument("--plan", action="store_true", help="of blocks: plan each first, see docs/planning.md")
     how.add_argument("--quick", action="store_true", help="2 images of 64 pixels, 2 rounds: to see it work")
     how.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     how.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
@@ -256,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=options.seconds,
         peers=options.peers,
         native=options.native,
+        plan=options.plan,
         quick=quick,
     )
     if settings.device.type == "cuda":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 from benchmarks.cases import Job, Settings
 from benchmarks.networks import NETWORKS, build
@@ -19,6 +20,8 @@ from resnet_fused.checks import DRAWS
 # Checked on fewer images than timed: float64 is slow. Each further draw takes the next images.
 CHECK_BATCH = 2  # images
 
+FURTHER = ("resnext50_32x4d", "mobilenet_v2")
+
 BATCH = 8  # images, on a CPU
 SECONDS = 0.2  # of timing, per case, on a CPU
 CUDA_SECONDS = 0.8
@@ -26,9 +29,14 @@ CUDA_SECONDS = 0.8
 
 @functools.cache
 def block_names(name: str) -> list[str]:
-    """The first two blocks of every stage: with and without downsampling (ResNet-18's first stage has none)."""
+    """The first two blocks of every stage: with and without downsampling (ResNet-18's first stage has none).
+
+    Of MobileNet-v2, which has no such stages, each block.
+    """
     with torch.device("meta"):
         network = torchvision.models.get_model(name, weights=None)
+    if name == "mobilenet_v2":
+        return [f"features.{i}" for i, m in enumerate(network.features) if isinstance(m, InvertedResidual)]
     names = []
     for stage in range(1, 5):
         blocks = getattr(network, f"layer{stage}")
@@ -38,10 +46,14 @@ def block_names(name: str) -> list[str]:
 
 
 def select(part: str | None) -> dict[str, list[str]]:
-    """By network, the blocks whose dotted name contains ``part``, such as "resnet50.layer1"; none for None."""
+    """By network, the blocks whose dotted name contains ``part``, such as "resnet50.layer1"; none for None.
+
+    Those of `FURTHER` are chosen where ``part`` begins with their name.
+    """
     if part is None:
         return {}
-    chosen = {name: [b for b in block_names(name) if part in f"{name}.{b}"] for name in NETWORKS}
+    names = [*NETWORKS, *(name for name in FURTHER if part.startswith(name))]
+    chosen = {name: [b for b in block_names(name) if part in f"{name}.{b}"] for name in names}
     return {name: found for name, found in chosen.items() if found}
 
 
@@ -79,7 +91,7 @@ def jobs_of(subject: str, block: nn.Module, x: Tensor, settings: Settings, secon
 
     for case in settings.cases(subject, is_network=False):
         images = x[: batch_of(settings)].clone()
-        yield Job(case, block, images, draw, settings.effort(seconds), settings.peers, settings.native)
+        yield Job(case, block, images, draw, settings.effort(seconds), settings.peers, settings.native, settings.plan)
 
 
 def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:
@@ -91,5 +103,7 @@ def jobs(selection: dict[str, list[str]], settings: Settings) -> Iterator[Job]:
         received = inputs(network, blocks, images)
         for path in blocks:
             block = network.get_submodule(path)
-            shortcut = "identity" if block.downsample is None else "downsample"
+            shortcut = "downsample" if getattr(block, "downsample", None) is not None else "identity"
+            if isinstance(block, InvertedResidual) and not block.use_res_connect:
+                shortcut = "plain"
             yield from jobs_of(f"{name}.{path} {shortcut}", block, received[path], settings, seconds)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +97,7 @@ class Settings:
     seconds: float | None = None  # of timing: of a block's case, of each process of a network
     peers: bool = False  # whether other software takes part
     native: bool = False  # whether fused with native convolutions takes part
+    plan: bool = False  # whether fused blocks are planned first
     quick: bool = False
 
     @property
@@ -237,6 +239,7 @@ class Job:
     effort: Effort
     compile: bool
     native: bool
+    plan: bool = False
 
     def run(self) -> Outcome:
         """Check and time it."""
@@ -244,6 +247,8 @@ class Job:
         racing = ("eager", "fused", *(("native",) if self.native else ()))
         modules = contestants(self.module, case, (*racing, *(("minimal",) if case.training else ())))
         x = self.x.to(case.input_dtype)
+        if self.plan:
+            self.make_plans(modules["fused"], x)
         verdict, kept = verify(modules, x, self.draw, case)
         steps = {name: on_engine(ENGINES[name], make_step(modules[name], x, case)) for name in racing}
         absent = {}
@@ -253,3 +258,9 @@ class Job:
             except Exception as error:  # whatever a compiler may raise: the others race without it
                 absent["compiled"] = reason_of(error)
         return Outcome(case, len(x), verdict, race(steps, x.device, self.effort), kept, absent)
+
+    def make_plans(self, module: nn.Module, x: Tensor) -> None:
+        """Plans ``module``, in silence: the plans are in the user's file."""
+        casting = torch.autocast(x.device.type, self.case.autocast) if self.case.autocast else contextlib.nullcontext()
+        with casting, contextlib.redirect_stdout(io.StringIO()):
+            resnet_fused.plan(module, x, training=self.case.training)

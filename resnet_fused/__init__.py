@@ -10,6 +10,7 @@ from resnet_fused.explain import Explanation, explain
 from resnet_fused.models import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from resnet_fused.modules import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, FusedSequential, ResBlk
 from resnet_fused.ops import empty_cache
+from resnet_fused.planner.command import PlanReport, plan
 from resnet_fused.surgery import FuseReport, fold, fuse, set_memory, unfuse
 
 __version__ = build_info()["version"]
@@ -22,6 +23,7 @@ __all__ = [
     "Explanation",
     "FuseReport",
     "FusedSequential",
+    "PlanReport",
     "ResBlk",
     "ResNet",
     "build_info",
@@ -32,6 +34,7 @@ __all__ = [
     "functional",
     "fuse",
     "ops",
+    "plan",
     "reference",
     "resnet18",
     "resnet34",

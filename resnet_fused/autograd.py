@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import block, compiled, inference, reference
+from resnet_fused import block, compiled, eager, inference, reference
 from resnet_fused.block import Kept, Plan
 from resnet_fused.opaque import learnt
+from resnet_fused.planner import decide
 from resnet_fused.units import Conv, Join, Norm, Unit
 
 MEMORY_MODES = ("default", "minimal")
@@ -117,5 +118,14 @@ def residual(
     if torch.compiler.is_compiling():
         return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)
     reads = block.reads_joined(chain, join, relu)
-    plan, tensors = block.choose(x, chain, join, relu, minimal, cast_weights, reads)
-    return _Block.apply(plan, x, external, *tensors)
+    chosen = decide.choices(True, x, chain, join, relu, minimal, cast_weights, reads)
+    if not chosen:
+        return eager.residual(x, units, shortcut, relu)
+    plan, tensors = block.assemble(chosen, chain, join, relu, minimal, cast_weights, reads)
+    return run(plan, x, external, tensors)
+
+
+def run(plan: Plan, x: Tensor, shortcut: Tensor | None, tensors: Sequence[Tensor | None]) -> Tensor:
+    """A planned block. ``shortcut``: a tensor from elsewhere; ``tensors``: seven per unit."""
+    z: Tensor = _Block.apply(plan, x, shortcut, *tensors)
+    return z

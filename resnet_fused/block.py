@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused import inference, ops
-from resnet_fused.choice import Use
+from resnet_fused import ops
 from resnet_fused.opaque import LEARNT_PER_UNIT, TENSORS_PER_UNIT
+from resnet_fused.planner import decide
+from resnet_fused.planner.entry import Choices
 from resnet_fused.units import NO_CONV, Join, Norm, Unit
 
 # A tensor where the plan has one, else None: a type checker can't tell where that is.
@@ -539,16 +540,18 @@ def choose(
 
     ``reads``: :func:`reads_joined`.
     """
+    chosen = decide.choices(True, x, chain, join, relu, minimal, cast_weights, reads)
+    return assemble(chosen, chain, join, relu, minimal, cast_weights, reads)
+
+
+def assemble(
+    choices: Choices, chain: Sequence[Unit], join: Join, relu: bool, minimal: bool, cast_weights: bool, reads: bool
+) -> tuple[Plan, list[Tensor | None]]:
+    """:func:`choose` with ``choices``, what is native of each unit."""
     units: list[UnitPlan] = []
     tensors: list[Tensor | None] = []
-    for u in chain:
-        # Between its units activations keep x's dtype and layout. A last convolution without a batch norm gets its
-        # gradient as it comes, which is the library's business.
-        native = (
-            u.conv is not None and (u.norm is not None or use is Use.FPROP) and inference.runs_native(x, u.conv, use)
-            for use in (Use.BACKWARD, Use.FPROP)
-        )
-        plan, own = _split(u, *native)
+    for u, (fprop, backward) in zip(chain, choices, strict=True):
+        plan, own = _split(u, backward, fprop)
         units.append(plan)
         tensors += own
     return Plan(tuple(units), join, relu, minimal, cast_weights, reads), tensors

@@ -13,22 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import opaque, ops
-from resnet_fused.choice import Use, native_is_faster
+from resnet_fused import eager, opaque, ops
 from resnet_fused.engine import current_engine
-from resnet_fused.units import Conv, Join, Norm, Unit, is_channels_last
-
-
-def runs_native(x: Tensor, conv: Conv, use: Use) -> bool:
-    """Whether the engine in force runs ``conv`` of ``x`` natively for ``use``."""
-    engine = current_engine()
-    if engine != "native":
-        # On a GPU nobody has measured the native convolutions yet.
-        if engine != "auto" or x.device.type != "cpu":
-            return False
-        if not native_is_faster(use, x.dtype, x.shape, conv.weight.shape, *conv[2:5]):
-            return False
-    return ops.native_reason(x, conv.weight, *conv[2:6]) is None
+from resnet_fused.planner import decide
+from resnet_fused.planner.entry import Choices
+from resnet_fused.units import Join, Norm, Unit, is_channels_last
 
 
 def residual(
@@ -48,15 +37,30 @@ def residual(
     identity = shortcut is x
     if contiguous:
         x = ops.to_channels_last(x)
-    if isinstance(shortcut, Unit):
-        shortcut, overwrite = _unit(x, shortcut, None, False), True
-    elif identity:
+    if identity:
         shortcut = x
-    a = x
-    for u in units[:-1]:
-        a = _unit(a, u, None, True)
-    z = _unit(a, units[-1], shortcut, relu, overwrite)
+    chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
+    z = run_units(x, units, shortcut, relu, decide.choices(False, x, chain, Join.of(x, shortcut), relu), overwrite)
     return ops.to_contiguous(z) if contiguous else z
+
+
+def run_units(
+    x: Tensor,
+    units: Sequence[Unit],
+    shortcut: Tensor | Unit | None,
+    relu: bool,
+    choices: Choices,
+    overwrite: bool = False,
+) -> Tensor:
+    """:func:`residual` in ``x``'s layout, with what is native of each unit, the projection's last."""
+    if not choices:
+        return eager.residual(x, units, shortcut, relu)
+    if isinstance(shortcut, Unit):
+        shortcut, overwrite = _unit(x, shortcut, None, False, choices[-1][0]), True
+    a = x
+    for u, (native, _) in zip(units[:-1], choices, strict=False):
+        a = _unit(a, u, None, True, native)
+    return _unit(a, units[-1], shortcut, relu, choices[len(units) - 1][0], overwrite)
 
 
 def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
@@ -82,19 +86,21 @@ def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
     return bool(convs) and not any(is_channels_last(c.weight) for c in convs)
 
 
-def _unit(x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
-    """``relu(norm(conv(x)) + shortcut)``: the one place where an implementation is chosen."""
+def _unit(
+    x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, native: bool, overwrite: bool = False
+) -> Tensor:
+    """``relu(norm(conv(x)) + shortcut)``. ``native``: by this package's convolution, if ``x`` came in its layout."""
     conv, norm = unit
     if conv is None:
         assert norm is not None
         return ops.bn_apply(x, _coefficients(norm, x.dtype), shortcut, None, relu)
+    native = native and x.is_contiguous(memory_format=torch.channels_last)
     if norm is None and conv.packed is not None:
-        z = conv.packed.convolve(x, conv, shortcut, relu, overwrite)
+        z = conv.packed.convolve(x, conv, shortcut, relu, native, overwrite)
         if z is not None:
             return z
     weight, bias = conv.weight, conv.bias
     geometry = conv.stride, conv.padding, conv.dilation
-    native = runs_native(x, conv, Use.INFERENCE)
     if weight.dtype != x.dtype and not (native and ops.casts_weight(x, weight)):
         weight = weight.to(x.dtype)
     if native:

@@ -10,6 +10,7 @@ serve one size only. The choice is made when the operator runs, as it is without
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ LEARNT_PER_UNIT = 4  # the first of them
 _DESCRIPTION = "int[] sizes, float[] numbers, str engine, int join, bool relu"
 _SIZES_PER_UNIT = 11
 _NUMBERS_PER_UNIT = 2
+
+_in_operator: ContextVar[bool] = ContextVar("resnet_fused_in_operator", default=False)
+
+
+def in_operator() -> bool:
+    """Whether this runs inside one of the operators: called by what was compiled."""
+    return _in_operator.get()
+
 
 Description = tuple[list[int], list[float]]
 
@@ -82,8 +91,12 @@ def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], to
     def register(function: Callable) -> torch.library.CustomOpDef:
         def run(x, *given):
             chosen = given[-3]
-            with engine(chosen), without_autocast(x.device.type):
-                return function(x, *given)
+            token = _in_operator.set(True)
+            try:
+                with engine(chosen), without_autocast(x.device.type):
+                    return function(x, *given)
+            finally:
+                _in_operator.reset(token)
 
         return torch.library.custom_op(
             f"resnet_fused::{name}", run, mutates_args=(), schema=f"({arguments}, {_DESCRIPTION}) -> {returns}"

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops
-from resnet_fused.choice import Use
-from resnet_fused.inference import runs_native
 from resnet_fused.units import Conv, is_channels_last
 
 # How many times as many values an input has as the weight where reordering that does not matter.
@@ -37,7 +35,7 @@ class Packed:
         return Packed, ()
 
     def convolve(
-        self, x: Tensor, conv: Conv, shortcut: Tensor | None, relu: bool, overwrite: bool = False
+        self, x: Tensor, conv: Conv, shortcut: Tensor | None, relu: bool, native: bool, overwrite: bool = False
     ) -> Tensor | None:
         """``relu(conv(x) + shortcut)``, or None where nothing is packed for inputs like ``x``.
 
@@ -49,7 +47,7 @@ class Packed:
         geometry = conv.stride, conv.padding, conv.dilation
         if torch.compiler.is_compiling() or weight.requires_grad:
             return None
-        if runs_native(x, conv, Use.PACKED):
+        if native:
             found = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
             packed, affine = found
             return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)

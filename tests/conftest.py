@@ -10,6 +10,7 @@ from simulator import simulated
 from thinning import covering, reason_to_skip
 
 import resnet_fused
+from resnet_fused.planner import decide
 
 # For `benchmarks`. Appended, so that the package is still imported from where it is installed.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -89,6 +90,16 @@ def seed():
 def full_precision(monkeypatch):
     """Convolutions of float32 in float32: cuDNN's default is TF32, whose 11 bits would hide what we round ourselves."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch, tmp_path):
+    """No plan of the user's is followed or changed, and none outlives a test."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "plans"))
+    monkeypatch.delenv("RESNET_FUSED_PLAN", raising=False)
+    decide.forget(plans=True)
+    yield
+    decide.forget(plans=True)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The one place where a block asks what runs natively: :func:`choices`.
+
+Under ``engine("auto")`` a key is decided once per process: from a plan that is known, by measuring, or by the shipped
+table; what was decided stays, so that checkpoints, backward in other threads and captured graphs see one plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused import opaque, ops
+from resnet_fused.choice import Use, native_is_faster
+from resnet_fused.engine import current_engine
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library
+from resnet_fused.planner.keys import Key, key_of
+from resnet_fused.planner.store import Store, say
+from resnet_fused.units import Join, Unit, output_plane
+
+MODES = ("off", "file", "measure")
+MOST_DECIDED = 4096  # keys; beyond, as with inputs of ever other sizes, all are decided anew
+MOST_SECONDS = 120.0  # of measuring on first use, in a process
+QUIET_SECONDS = 1.0  # what takes longer is announced
+
+
+class Call(NamedTuple):
+    """A block that ran: what it is, what ran natively, where that came from, and what could be native or is by the
+    shipped table."""
+
+    key: Key
+    choices: Choices
+    source: str  # "measured", "file" or "table" under engine("auto"), else the engine
+    native: Choices
+    table: Choices
+
+
+store = Store()
+_decided: dict[Key, tuple[Choices, str]] = {}
+_lock = threading.RLock()
+_spent = 0.0  # seconds of measuring on first use
+_recorder: ContextVar[list[Call] | None] = ContextVar("resnet_fused_recorder", default=None)
+
+
+def mode() -> str:
+    """What ``RESNET_FUSED_PLAN`` says.
+
+    Raises:
+        ValueError: if that is none of ``MODES``.
+    """
+    value = os.environ.get("RESNET_FUSED_PLAN", "file")
+    if value not in MODES:
+        raise ValueError(f"RESNET_FUSED_PLAN: expected one of {MODES}, got {value!r}")
+    return value
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Call]]:
+    """Notes each block that this thread runs inside the ``with`` block; meanwhile nothing is measured or decided."""
+    calls: list[Call] = []
+    token = _recorder.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorder.reset(token)
+
+
+def possible(training: bool, x: Tensor, chain: Sequence[Unit]) -> Choices:
+    """What the native convolutions take: between its units activations keep x's dtype and layout."""
+    found = []
+    for conv, norm in chain:
+        fprop = conv is not None and ops.native_reason(x, conv.weight, *conv[2:6]) is None
+        # A last convolution without a batch norm gets its gradient as it comes, which is the library's business.
+        found.append((fprop, training and fprop and norm is not None))
+    return tuple(found)
+
+
+def shipped(training: bool, x: Tensor, chain: Sequence[Unit], join: Join, native: Choices) -> Choices:
+    """Of what is possible, what the shipped table calls faster; on a GPU nobody has measured yet."""
+    if x.device.type != "cpu":
+        return all_library(chain)
+    found = []
+    shape = x.shape
+    for i, (conv, norm) in enumerate(chain):
+        if training or (join is Join.PROJECTION and i == len(chain) - 1):
+            shape = x.shape
+        if conv is None:
+            found.append((False, False))
+            continue
+        about = (x.dtype, tuple(shape), conv.weight.shape, *conv[2:5])
+        if training:
+            found.append((native_is_faster(Use.FPROP, *about), native_is_faster(Use.BACKWARD, *about)))
+            continue
+        packs = norm is None and conv.packed is not None and not conv.weight.requires_grad
+        use = Use.PACKED if packs and ops.has_fused_convolution(x.dtype) else Use.INFERENCE
+        found.append((native_is_faster(use, *about), False))
+        plane = output_plane(shape[2:], conv.weight.shape[2:], *conv[2:5])
+        shape = torch.Size((shape[0], conv.weight.shape[0], *plane))
+    return tuple((n[0] and t[0], n[1] and t[1]) for n, t in zip(native, found, strict=True))
+
+
+def choices(
+    training: bool,
+    x: Tensor,
+    chain: Sequence[Unit],
+    join: Join,
+    relu: bool,
+    minimal: bool = False,
+    cast_weights: bool = False,
+    reads_joined: bool = False,
+) -> Choices:
+    """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
+
+    Or `EAGER`, which only a plan says.
+    """
+    engine = current_engine()
+    recorder = _recorder.get()
+    if recorder is None and engine != "auto":
+        return possible(training, x, chain) if engine == "native" else all_library(chain)
+    key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined)
+    if recorder is None:
+        found = _decided.get(key)
+        chosen = found[0] if found is not None else _decide(key, x, chain)
+        # What is compiled has an operator of its own for a block, which eager is not.
+        return all_library(chain) if not chosen and opaque.in_operator() else chosen
+    native = possible(training, x, chain)
+    table = shipped(training, x, chain, join, native)
+    chosen, source = all_library(chain), engine
+    if engine == "native":
+        chosen = native
+    elif engine == "auto":
+        chosen, source = _decided.get(key) or _known(key, native) or (table, "table")
+    recorder.append(Call(key, chosen, source, native, table))
+    return chosen
+
+
+def _limited(entry: Entry, native: Choices) -> Choices:
+    """A plan's choices as far as they are possible: a file can say anything."""
+    if not entry.choices:
+        return EAGER
+    return tuple((e[0] and n[0], e[1] and n[1]) for e, n in zip(entry.choices, native, strict=True))
+
+
+def _known(key: Key, native: Choices) -> tuple[Choices, str] | None:
+    if key.deterministic or mode() == "off":
+        return None
+    entry = store.find(key)
+    return None if entry is None else (_limited(entry, native), "file")
+
+
+def _is_real(x: Tensor) -> bool:
+    """Whether kernels run in this call: not under tracing, a mode such as that of fake tensors, or a transform."""
+    functorch = torch._C._functorch
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not functorch.is_functorch_wrapped_tensor(x)
+        and not functorch.is_legacy_batchedtensor(x)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _may_measure(key: Key) -> bool:
+    if key.deterministic or opaque.in_operator() or torch._C._current_graph_task_id() != -1:
+        return False  # in backward others may wait for what measuring needs
+    if mode() != "measure" and not (mode() == "file" and torch.backends.cudnn.benchmark):
+        return False
+    if key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    return _spent < MOST_SECONDS
+
+
+def _decide(key: Key, x: Tensor, chain: Sequence[Unit]) -> Choices:
+    native = possible(key.training, x, chain)
+    table = shipped(key.training, x, chain, key.join, native)
+    if not _is_real(x):
+        return (_known(key, native) or (table, "table"))[0]
+    # Not waited for in backward: whoever holds the lock may be waiting for this thread.
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not _lock.acquire(blocking=not in_backward):
+        return _decided.setdefault(key, (table, "table"))[0]
+    try:
+        if key in _decided:
+            return _decided[key][0]
+        found = _known(key, native)
+        if found is None and _may_measure(key):
+            found = _measure(key, native, table)
+        if len(_decided) >= MOST_DECIDED:
+            _decided.clear()
+        return _decided.setdefault(key, found or (table, "table"))[0]
+    finally:
+        _lock.release()
+
+
+def _measure(key: Key, native: Choices, table: Choices) -> tuple[Choices, str] | None:
+    """A plan made in the midst of a user's forward, which it never fails."""
+    global _spent
+    from resnet_fused.planner import search  # it runs blocks, and blocks ask this module
+
+    begin = time.perf_counter()
+    announce = threading.Timer(QUIET_SECONDS, say, [f"measuring {key}"])
+    announce.daemon = True
+    announce.start()
+    try:
+        entry = search.plan_block(key, native, table)
+    except Exception as error:
+        say(f"{key} could not be measured, the shipped table decides: {type(error).__name__}: {error}")
+        return None
+    finally:
+        announce.cancel()
+        _spent += time.perf_counter() - begin
+        if _spent >= MOST_SECONDS:
+            say(f"measured for {_spent:.0f} s; what else is new is left to the shipped table")
+    store.add(key, entry)
+    return entry.choices, "measured"
+
+
+def decide(key: Key, entry: Entry) -> None:
+    """``key`` is run as ``entry`` says from now on."""
+    with _lock:
+        _decided[key] = entry.choices, "measured"
+
+
+def forget(*, plans: bool) -> None:
+    """Nothing is decided then; with ``plans`` what was read and measured is forgotten too."""
+    with _lock:
+        _decided.clear()
+        if plans:
+            store.forget()

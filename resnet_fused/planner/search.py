@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""The fastest proven candidate for a block."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, name_of
+from resnet_fused.planner.keys import Key, machine
+from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, medians
+from resnet_fused.planner.proof import Proof
+from resnet_fused.planner.scratch import Scratch, copies, make
+
+HYSTERESIS = 0.03  # by so much another candidate has to be faster than the library
+MOST_COPIES = 16
+# A block's run takes several times what it is given: activations, gradients, and the proof's copies.
+WORKING_SHARE = 6
+
+
+def plan_block(
+    key: Key, native: Choices, table: Choices, known: Entry | None = None, clock: Clock | None = None
+) -> Entry:
+    """Proves and measures candidates for ``key``.
+
+    Args:
+        native: what can run natively.
+        table: what the shipped table says.
+        known: an entry whose disqualified kernels stay so.
+        clock: another way to get a call's seconds.
+
+    An out-of-memory error means the library.
+    """
+    try:
+        return apart(key.device, lambda: _Search(key, native, known, clock).entry(table))
+    except (torch.OutOfMemoryError, MemoryError):
+        return _without_memory(key)
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):  # a CPU's
+            raise
+        return _without_memory(key)
+
+
+def _without_memory(key: Key) -> Entry:
+    return Entry(all_library(key.units), "library", "not enough memory to measure", {}, {})
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can be had, on a CPU: there nobody says no before the system kills someone."""
+    if device.type != "cpu" or "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return 1 << 62
+    try:
+        with open("/proc/meminfo") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _flips(of: Choices, native: Choices) -> Iterator[Choices]:
+    """``of`` with one pass of one unit changed, where both engines have it."""
+    for i, passes in enumerate(native):
+        for j in range(2):
+            if passes[j]:
+                unit = tuple(not c if k == j else c for k, c in enumerate(of[i]))
+                yield (*of[:i], (unit[0], unit[1]), *of[i + 1 :])
+
+
+class _Search:
+    def __init__(self, key: Key, native: Choices, known: Entry | None, clock: Clock | None):
+        self.key, self.native = key, native
+        self.library = all_library(key.units)
+        self.disqualified: dict[str, str] = dict(known.disqualified) if known is not None else {}
+        self.proven: dict[Choices, bool] = {self.library: True, EAGER: True}
+        first = make(key, seed=0)
+        if WORKING_SHARE * first.bytes > _available(key.device):
+            raise MemoryError
+        self.proof = Proof(key, first) if any(any(unit) for unit in native) else None
+        self.operands = list(copies(first, 2 * cache_bytes(key.device), MOST_COPIES))
+        self.clock = clock or clock_for(key.device)
+        self.seconds: dict[str, float] = {}
+
+    def name(self, choices: Choices) -> str:
+        return name_of(choices, self.key.training)
+
+    def holds(self, choices: Choices) -> bool:
+        """Whether ``choices`` compute what the library does; those that don't are disqualified, with a warning."""
+        if choices not in self.proven:
+            name = self.name(choices)
+            if name not in self.disqualified:
+                assert self.proof is not None
+                try:
+                    failure = self.proof.failure(choices)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    failure = f"{type(error).__name__}: {error}"
+                if failure is not None:
+                    self.disqualified[name] = failure
+                    warnings.warn(
+                        f"resnet_fused: native kernels differ from the library's and are not used here: {name}, for "
+                        f"{self.key}, on {machine(self.key.device)['device']}: {failure}. Please report this.",
+                        stacklevel=2,
+                    )
+            self.proven[choices] = name not in self.disqualified
+        return self.proven[choices]
+
+    def strike(self) -> None:
+        """Takes from ``native`` each pass that is wrong alone."""
+        for single in _flips(self.library, self.native):
+            if not self.holds(single):
+                self.native = tuple(
+                    (n[0] and not s[0], n[1] and not s[1]) for n, s in zip(self.native, single, strict=True)
+                )
+
+    def race(self, *candidates: Choices) -> Choices:
+        """The fastest of those that hold; their times are noted."""
+        holding = {self.name(c): c for c in candidates if self.holds(c)}
+
+        def runner(choices: Choices) -> Callable[[Scratch], object]:
+            return lambda scratch: scratch.run(choices)
+
+        found = medians({name: runner(c) for name, c in holding.items()}, self.operands, self.clock)
+        self.seconds |= found
+        return holding[min(found, key=lambda name: found[name])]
+
+    def entry(self, table: Choices) -> Entry:
+        # Eager keeps more for backward, which minimal memory forbids.
+        composed = () if self.key.minimal else (EAGER,)
+        if not self.holds(self.native):
+            self.strike()
+        allowed = self.native
+        table = tuple((t[0] and n[0], t[1] and n[1]) for t, n in zip(table, allowed, strict=True))
+        fused = {self.library, allowed, table}
+        self.race(*fused, *composed)
+        best = min((c for c in fused if self.holds(c)), key=lambda c: self.seconds[self.name(c)])
+        flips = [c for c in _flips(best, allowed) if c not in fused]
+        if flips:
+            self.race(best, *flips)
+            gains = [c for c in flips if self.seconds.get(self.name(c), 1e9) < self.seconds[self.name(best)]]
+            # Flips that gain alone are taken together, too: whole candidates decide.
+            together = best
+            for c in gains:
+                together = tuple(
+                    (t[0] if f[0] == b[0] else f[0], t[1] if f[1] == b[1] else f[1])
+                    for t, f, b in zip(together, c, best, strict=True)
+                )
+            gains.sort(key=lambda c: self.seconds[self.name(c)])
+            best = self.race(self.library, best, *gains[:1], together, *composed)
+        else:
+            best = min((best, *composed), key=lambda c: self.seconds[self.name(c)])
+        ratio = self.seconds["library"] / self.seconds[self.name(best)] if best != self.library else 1.0
+        if best == self.library:
+            why = "the library is the fastest"
+        elif ratio * (1 - HYSTERESIS) <= 1:
+            why = f"{self.name(best)} is only {ratio:.2f} times as fast as the library"
+            best = self.library
+        else:
+            why = f"{ratio:.2f} times as fast as the library"
+        return Entry(best, self.name(best), why, self.seconds, self.disqualified)
