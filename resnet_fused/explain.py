@@ -23,6 +23,7 @@ from resnet_fused.block import Plan
 from resnet_fused.choice import Use
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.engine import current_engine, engine
+from resnet_fused.planner import decide
 from resnet_fused.surgery import FuseReport, fuse
 from resnet_fused.surgery.context import compute_dtype
 from resnet_fused.surgery.forward import fused_forward, without_fusion
@@ -304,7 +305,10 @@ def _measure(s: _Seen, eager: nn.Module, training: bool, rounds: int) -> Block:
         with Operators() as operators:
             _step(call, learnt)
         counted[name] = operators
-    convolutions = _engines_of(s, z, dtype, counted["fused"].names)
+    with decide.recording() as calls:  # of whom eager makes none
+        fused()
+    source = calls[0].source if calls else ""
+    convolutions = _engines_of(s, z, dtype, counted["fused"].names, source)
     steps = {"fused": partial(_step, fused, learnt), "eager": partial(_step, plain, learnt)}
     reasons = [ops.native_reason(*_probe(shape, dtype, x, c)) for _, c, shape in _with_inputs(s, x.shape)]
     forced = [name for name in ENGINES if name == "library" or None in reasons] if convolutions else []
@@ -370,8 +374,13 @@ def _probe(shape: Sequence[int], dtype: torch.dtype, x: Tensor, conv: Conv) -> t
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout), conv.weight, *conv[2:6]
 
 
-def _engines_of(s: _Seen, z: Tensor, dtype: torch.dtype, operators: Sequence[str]) -> tuple[Convolution, ...]:
-    """The engines that ran, from the plan in the graph behind ``z`` or, without one, from the operators."""
+def _engines_of(
+    s: _Seen, z: Tensor, dtype: torch.dtype, operators: Sequence[str], source: str
+) -> tuple[Convolution, ...]:
+    """The engines that ran, from the plan in the graph behind ``z`` or, without one, from the operators.
+
+    ``source``: who chose them, as in :class:`resnet_fused.planner.decide.Call`.
+    """
     plan = _plan_of(z)
     native: list[dict[str, bool | None]]
     convs = list(_with_inputs(s, s.inputs[0].shape))
@@ -392,16 +401,19 @@ def _engines_of(s: _Seen, z: Tensor, dtype: torch.dtype, operators: Sequence[str
             if which == "dgrad" and pair in (s.call.run.units[0], s.call.run.projection) and not s.requires_grad[0]:
                 continue
             use = Use.BACKWARD if which != "fprop" else Use.FPROP if plan is not None else Use.INFERENCE
-            passes[which] = _why(choice, use, reason, pair.norm is not None, s.inputs[0].device)
+            passes[which] = _why(choice, use, reason, pair.norm is not None, s.inputs[0].device, source)
         found.append(Convolution(name, _spelt(conv, shape), passes))
     return tuple(found)
 
 
-def _why(native: bool | None, use: Use, reason: str | None, normalised: bool, device: torch.device) -> Engine:
+def _why(
+    native: bool | None, use: Use, reason: str | None, normalised: bool, device: torch.device, source: str
+) -> Engine:
+    planned = source in ("file", "measured")
+    measured = f"measured to be the faster: {'resnet_fused.plan' if planned else 'resnet_fused/choice.py'}"
     if native is None:
-        return Engine("eager", "this call does not run fused")
+        return Engine("eager", measured if planned else "this call does not run fused")
     asked = current_engine()
-    measured = "measured to be the faster: resnet_fused/choice.py"
     if native:
         return Engine("native", f'engine("{asked}")' if asked == "native" else measured)
     if reason is not None:
@@ -410,7 +422,7 @@ def _why(native: bool | None, use: Use, reason: str | None, normalised: bool, de
         return Engine("library", "no batch norm behind it")
     if asked == "library":
         return Engine("library", 'engine("library")')
-    return Engine("library", measured if device.type == "cpu" else f"native was not timed on {device.type} yet")
+    return Engine("library", measured if planned or device.type == "cpu" else f"native was not timed on {device.type} yet")
 
 
 def _plan_of(z: Tensor) -> Plan | None:

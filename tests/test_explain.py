@@ -12,6 +12,8 @@ from torchvision.models.resnet import BasicBlock
 
 import resnet_fused as rf
 from resnet_fused.counting import Operators, bytes_kept
+from resnet_fused.planner import decide
+from resnet_fused.planner.entry import EAGER, Entry, all_library
 
 CHANNELS, SIDE, IMAGES = 16, 8, 2
 
@@ -57,6 +59,23 @@ def test_blocks(device, training, fused):
     assert found.report.convolutions.training == 8
     text = str(found)
     assert "2: conv+bn+relu conv+bn +identity+relu" in text and "1.downsample.0" in text and "whole model" in text
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("chosen", ["library", "eager"])
+def test_a_plan_is_the_reason(chosen, training):
+    model, x = network()[0].train(training), images()
+    rf.fuse(model)
+    with torch.set_grad_enabled(training), decide.recording() as calls:
+        model(x)
+    planned = {"library": all_library(calls[0].key.units), "eager": EAGER}[chosen]
+    decide.decide(calls[0].key, Entry(planned, chosen, "", {}, {}))
+    try:
+        found = rf.explain(model, x, rounds=1)
+    finally:
+        decide.forget(plans=False)
+    engines = {engine for c in found.blocks[0].convolutions for engine in c.passes.values()}
+    assert engines == {(chosen, "measured to be the faster: resnet_fused.plan")}
 
 
 def test_totals_and_least():
