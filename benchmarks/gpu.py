@@ -43,6 +43,7 @@ PLANS = """
 import torch, torchvision, resnet_fused
 for name in ("resnet18", "resnet50"):
     model = torchvision.models.get_model(name).cuda().to(memory_format=torch.channels_last)
+    resnet_fused.fuse(model)
     x = torch.randn({images}, 3, {size}, {size}, device="cuda").to(memory_format=torch.channels_last)
     with torch.autocast("cuda", torch.bfloat16):
         resnet_fused.plan(model, x, training=True)

@@ -422,7 +422,9 @@ def _why(
         return Engine("library", "no batch norm behind it")
     if asked == "library":
         return Engine("library", 'engine("library")')
-    return Engine("library", measured if planned or device.type == "cpu" else f"native was not timed on {device.type} yet")
+    if planned or device.type == "cpu":
+        return Engine("library", measured)
+    return Engine("library", f"native was not timed on {device.type} yet")
 
 
 def _plan_of(z: Tensor) -> Plan | None:
