@@ -16,7 +16,7 @@ from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, m
 from resnet_fused.planner.proof import Proof
 from resnet_fused.planner.scratch import Scratch, copies, make
 
-HYSTERESIS = 0.03  # by so much another candidate has to be faster than the library
+HYSTERESIS = 0.03  # by so much native kernels have to be faster than what needs no proof, the library and eager
 MOST_COPIES = 16
 # A block's run takes several times what it is given: activations, gradients, and the proof's copies.
 WORKING_SHARE = 6
@@ -153,12 +153,13 @@ class _Search:
             best = self.race(self.library, best, *gains[:1], together, *composed)
         else:
             best = min((best, *composed), key=lambda c: self.seconds[self.name(c)])
-        ratio = self.seconds["library"] / self.seconds[self.name(best)] if best != self.library else 1.0
-        if best == self.library:
-            why = "the library is the fastest"
+        plain = min((self.library, *composed), key=lambda c: self.seconds[self.name(c)])
+        ratio = self.seconds[self.name(plain)] / self.seconds[self.name(best)]
+        if best in (self.library, EAGER):
+            why = f"{self.name(best)} is the fastest"
         elif ratio * (1 - HYSTERESIS) <= 1:
-            why = f"{self.name(best)} is only {ratio:.2f} times as fast as the library"
-            best = self.library
+            why = f"{self.name(best)} is only {ratio:.2f} times as fast as {self.name(plain)}"
+            best = plain
         else:
-            why = f"{ratio:.2f} times as fast as the library"
+            why = f"{ratio:.2f} times as fast as {self.name(plain)}"
         return Entry(best, self.name(best), why, self.seconds, self.disqualified)
