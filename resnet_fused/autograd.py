@@ -19,7 +19,7 @@ from resnet_fused.units import Conv, Join, Norm, Unit
 MEMORY_MODES = ("default", "minimal")
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether ``t`` stands for a batch, of autograd's own vmap or of torch.func's, or for another transform."""
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(t) or functorch.is_functorch_wrapped_tensor(t)
@@ -44,7 +44,7 @@ class _Block(torch.autograd.Function):
         kept = Kept(*(saved[i * count : (i + 1) * count] for i in range(3)))
         parameters = block.per_unit(saved[3 * count :])
         # create_graph=True, or vmap over gradients (is_grads_batched=True), which knows nothing of our operators.
-        if torch.is_grad_enabled() or _is_wrapped(grad):
+        if torch.is_grad_enabled() or is_wrapped(grad):
             return _differentiable_backward(ctx, grad, x, z, kept.coefficients, parameters)
         _, of_input, of_shortcut, *of_tensors = ctx.needs_input_grad
         needs = (of_input, of_shortcut, *learnt(of_tensors))

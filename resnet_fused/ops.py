@@ -551,6 +551,51 @@ def conv_wgrad(
     )
 
 
+MOST_POOL_TAPS = 255  # of a window of max_pool2d: a byte says which one
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+    write_taps: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(z, taps)``: the maxima of ``x``'s windows, to the bit PyTorch's, and with ``write_taps`` where they were. CPU.
+
+    Args:
+        x: ``[N, C, H, W]`` float32, bfloat16 or float16; copied if it is not channels_last.
+        kernel_size, stride, padding, dilation, ceil_mode: as in ``nn.MaxPool2d``; at most 255 positions in a window.
+
+    Returns:
+        z ``[N, C, P, Q]`` channels_last; taps uint8 like z, the maximum's position in its window counted row by row:
+        the first of equal ones, the last NaN if there are any. Empty without ``write_taps``.
+    """
+    return _ops.max_pool2d.default(x, kernel_size, stride, padding, dilation, ceil_mode, write_taps)
+
+
+def max_pool2d_backward(
+    grad: Tensor,
+    taps: Tensor,
+    input_plane: Sequence[int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    ceil_mode: bool,
+) -> Tensor:
+    """The gradient of :func:`max_pool2d` with respect to its input, of plane ``input_plane`` (H, W), channels_last.
+
+    ``grad``, ``taps``: ``[N, C, P, Q]``. Each value is summed in float32, in the order of the windows, and rounded once:
+    in float32 PyTorch's own bits, in 16-bit types, of which PyTorch rounds each sum, closer to the exact ones.
+    """
+    return _ops.max_pool2d_backward.default(
+        grad, taps, input_plane, kernel_size, stride, padding, dilation, ceil_mode
+    )
+
+
 _HAS_ONEDNN: bool = (
     torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -764,3 +809,39 @@ def _(
 @_fake("relu_backward_add_")
 def _(out, grad, y, coefficients, shortcut, z):
     return None
+
+
+def pooled_plane(
+    plane: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """Height and width of what :func:`max_pool2d` makes of ``plane`` (H, W)."""
+    if not ceil_mode:
+        return output_plane(plane, kernel_size, stride, padding, dilation)
+    # Rounded up, without a last window that would begin in the padding behind the input.
+    padded = [n + s - 1 for n, s in zip(plane, stride, strict=True)]
+    most = output_plane(padded, kernel_size, stride, padding, dilation)
+    return [
+        m - 1 if (m - 1) * s >= n + p else m for m, n, s, p in zip(most, plane, stride, padding, strict=True)
+    ]
+
+
+def _empty_channels_last(like: Tensor, plane: Sequence[int], dtype: torch.dtype) -> Tensor:
+    shape = (*like.shape[:2], *plane)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+@_fake("max_pool2d")
+def _(x, kernel_size, stride, padding, dilation, ceil_mode, write_taps):
+    plane = pooled_plane(x.shape[2:], kernel_size, stride, padding, dilation, ceil_mode)
+    taps = _empty_channels_last(x, plane, torch.uint8) if write_taps else x.new_empty(0, dtype=torch.uint8)
+    return _empty_channels_last(x, plane, x.dtype), taps
+
+
+@_fake("max_pool2d_backward")
+def _(grad, taps, input_plane, kernel_size, stride, padding, dilation, ceil_mode):
+    return _empty_channels_last(grad, input_plane, grad.dtype)

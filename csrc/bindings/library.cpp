@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The schemas of all operators. resnet_fused/ops.py documents them one by one; bn_ops.cpp and conv_ops.cpp implement
-// them.
+// The schemas of all operators. resnet_fused/ops.py documents them one by one; bn_ops.cpp, conv_ops.cpp and
+// pool_ops.cpp implement them.
 //
 // y, grad, shortcut, z: [N, C, H, W] of one floating dtype. acc: float64 for float64, float32 for all others.
 // statistics: [tiles, 3, C] acc, coefficients: [4, C] acc, backward coefficients: [5, C] acc (rows in params.h).
@@ -55,4 +55,12 @@ TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "conv_wgrad(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor x, Tensor? coefficients, "
       "int[2] filter, int[2] stride, int[2] padding, int[2] dilation, ScalarType dtype) -> Tensor");
+
+  // Max pooling: on the CPU, results channels_last.
+  m.def(
+      "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
+      "bool write_taps) -> (Tensor, Tensor)");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor taps, int[2] input_plane, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor");
 }

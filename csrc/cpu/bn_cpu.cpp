@@ -47,8 +47,6 @@ const Choice& choice() {
   return chosen;
 }
 
-const Kernels& kernels() { return *choice().kernels; }
-
 // About 32K values per thread and task: below, waking a thread costs more than the work.
 int64_t grain(const Extent& extent, int64_t pieces) {
   constexpr int64_t kValuesPerTask = 32768;
@@ -235,6 +233,8 @@ void backward_apply(const BackwardApplyParams& p) { for_slices(p, kernels().back
 void relu_backward_add(const ReluBackwardAddParams& p) { for_slices(p, kernels().relu_backward_add); }
 
 }  // namespace
+
+const Kernels& kernels() { return *choice().kernels; }
 
 const char* instruction_set() { return choice().name; }
 

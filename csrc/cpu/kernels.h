@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../params.h"
+#include "max_pool.h"
 
 namespace resnet_fused::cpu {
 
@@ -42,13 +43,19 @@ struct Kernels {
   void (*apply)(const ApplyParams&, int64_t begin, int64_t end);
   void (*backward_apply)(const BackwardApplyParams&, int64_t begin, int64_t end);
   void (*relu_backward_add)(const ReluBackwardAddParams&, int64_t begin, int64_t end);
+  // Rows [begin, end) of all images' outputs, or of their inputs.
+  void (*max_pool)(const MaxPoolParams&, int64_t begin, int64_t end);
+  void (*max_pool_backward)(const MaxPoolBackwardParams&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 
-// The one in use: "baseline", "avx2" or "avx512".
+// Those in use.
+const Kernels& kernels();
+
+// Theirs: "baseline", "avx2" or "avx512".
 const char* instruction_set();
 
 }  // namespace resnet_fused::cpu

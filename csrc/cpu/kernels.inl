@@ -8,7 +8,8 @@
 // Data movement: every kernel reads each input once and writes each output once. Statistics read a strip of a
 // few kilobytes twice (mean, then squared deviations), the second time from the first-level cache.
 
-#include "storage.inl"
+#include "vector.inl"
+#include "max_pool.inl"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -481,6 +482,8 @@ void backward_reduce(const BackwardReduceParams& p, void* partials, int64_t tile
 
 }  // namespace
 
-const Kernels RESNET_FUSED_KERNELS = {statistics, backward_reduce, apply, backward_apply, relu_backward_add};
+const Kernels RESNET_FUSED_KERNELS = {
+    statistics, backward_reduce, apply, backward_apply, relu_backward_add, max_pool, max_pool_backward,
+};
 
 }  // namespace resnet_fused::cpu

@@ -11,6 +11,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx2
+#define RESNET_FUSED_REGISTER 32
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

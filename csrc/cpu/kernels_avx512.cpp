@@ -11,6 +11,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx512
+#define RESNET_FUSED_REGISTER 64
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Running a block of modules through the fused functions: :func:`run_block`."""
+"""Running a block of modules through the fused functions, :func:`run_block`, and max pooling through this package's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import autograd, functional, inference
+from resnet_fused import autograd, functional, inference, pooling
 from resnet_fused.engine import current_engine, without_autocast
 from resnet_fused.reference import residual as reference_residual
 from resnet_fused.surgery.context import compute_dtype, fusible
-from resnet_fused.surgery.layers import conv_of, frozen_batch_norm, norm_of
+from resnet_fused.surgery.layers import conv_of, frozen_batch_norm, is_max_pool, norm_of
 from resnet_fused.surgery.runs import Pair
 from resnet_fused.units import Norm, Unit
 
@@ -165,3 +166,35 @@ def run_block(
 
 def _has_channels(norm: Any, channels: int) -> bool:
     return all(t is None or t.shape[0] == channels for t in norm[:4])
+
+
+class PoolCall:
+    """An ``nn.MaxPool2d`` as a function: by this package's kernels if it is plain, else called."""
+
+    def __init__(self, module: nn.MaxPool2d):
+        self.module = module
+
+    def __call__(self, *args, **kwargs) -> Any:
+        m, z = self.module, None
+        if len(args) == 1 and not kwargs and self._computes_alone():
+            z = pooling.max_pool2d(
+                args[0], m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+            )
+        return m(*args, **kwargs) if z is None else z
+
+    @torch.compiler.assume_constant_result
+    def _computes_alone(self) -> bool:
+        """torch.compile doesn't guard hooks either."""
+        return is_max_pool(self.module)
+
+
+def _pool_by_function(original: Callable) -> Callable:
+    def pool(input: Any, *args, **kwargs) -> Any:
+        z = pooling.max_pool2d(input, *args, **kwargs)
+        return original(input, *args, **kwargs) if z is None else z
+
+    return pool
+
+
+pool_by_functional = _pool_by_function(F.max_pool2d)
+pool_by_torch = _pool_by_function(torch.max_pool2d)

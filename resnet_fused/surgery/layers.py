@@ -65,10 +65,11 @@ _STOOD_IN_FOR: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (nn.Conv2d, ("forward", "_conv_forward", "__call__")),
     (nn.BatchNorm2d, ("forward", "_check_input_dim", "__call__")),
     (nn.ReLU, ("forward", "__call__")),
+    (nn.MaxPool2d, ("forward", "__call__")),
     (nn.Identity, ("forward", "__call__")),
     (nn.Sequential, ("forward", "__call__")),
-    (F, ("conv2d", "batch_norm", "relu")),
-    (torch, ("conv2d", "batch_norm", "relu", "relu_", "add")),
+    (F, ("conv2d", "batch_norm", "relu", "max_pool2d")),
+    (torch, ("conv2d", "batch_norm", "relu", "relu_", "add", "max_pool2d")),
 )
 # Looked up by one call per owner: this is asked in every call of a fused module.
 _GETTERS = [(operator.attrgetter(*names), owner) for owner, names in _STOOD_IN_FOR]
@@ -134,6 +135,11 @@ def _genuine(module: nn.Module) -> bool:
 def is_relu(module: Any) -> bool:
     """An ``nn.ReLU`` that does nothing else."""
     return _keeps(type(module), nn.ReLU) and is_plain(module)
+
+
+def is_max_pool(module: Any) -> bool:
+    """An ``nn.MaxPool2d`` that does nothing else."""
+    return type(module) is nn.MaxPool2d and is_plain(module)
 
 
 def is_identity(module: nn.Module | None) -> bool:

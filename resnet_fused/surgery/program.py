@@ -10,10 +10,12 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.execution import run_block
+from resnet_fused.surgery.execution import PoolCall, pool_by_functional, pool_by_torch, run_block
 from resnet_fused.surgery.layers import normalises_and_activates
 from resnet_fused.surgery.recording import record
 from resnet_fused.surgery.runs import Finder, Run
@@ -23,7 +25,7 @@ _numbers = itertools.count()
 
 
 class _Place:
-    """Stands in a graph for a run. Graphs are cycles: what they hold is freed late."""
+    """Stands in a graph for a run or a pooling. Graphs are cycles: what they hold is freed late."""
 
     def __init__(self, name: str):
         self.__name__ = name
@@ -112,7 +114,7 @@ class Program:
         # One run without a join and nothing besides: a part of whatever calls the module.
         self.is_one_unit = len(self.runs) == 1 and not rest and self.runs[0].join is Join.NONE
         # None, and not called, where there are no runs.
-        self._function: Any = self._compile(graph, type(module).__name__) if self.runs else None
+        self._function: Any = self._compile(graph, module) if self.runs else None
         self._result = None if result.is_leaf() else result
 
     def __call__(self, module: nn.Module, tensors: Iterable[Tensor]) -> Any:
@@ -132,24 +134,34 @@ class Program:
             # The function calls runs by these names.
             self._function.__globals__.update(zip(self._names, calls.values(), strict=True))
 
-    def _compile(self, graph: fx.Graph, name: str) -> Callable:
+    def _compile(self, graph: fx.Graph, module: nn.Module) -> Callable:
         ends = {run.nodes[-1]: i for i, run in enumerate(self.runs)}
         places = [_Place(f"run_{i}") for i in range(len(self.runs))]
         members = {node for run in self.runs for node in run.nodes}
+        calls: dict[_Place, Callable] = dict(zip(places, self.calls, strict=True))
         fused = fx.Graph()
-        module = fused.placeholder("module")
+        called = fused.placeholder("module")
         copies: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             if node in ends:
                 run = self.runs[ends[node]]
                 inputs = (run.source,) if run.shortcut is None else (run.source, run.shortcut)
-                copies[node] = fused.call_function(places[ends[node]], (module, *(copies[n] for n in inputs)))
+                copies[node] = fused.call_function(places[ends[node]], (called, *(copies[n] for n in inputs)))
             elif node not in members:
-                copies[node] = fused.node_copy(node, copies.__getitem__)
-        function = _compiled(fused, name, dict(zip(places, self.calls, strict=True)))
+                copy = copies[node] = fused.node_copy(node, copies.__getitem__)
+                if node.op == "call_function":
+                    copy.target = _POOLS.get(node.target, node.target)
+                elif node.op == "call_module" and type(child := module.get_submodule(str(node.target))) is nn.MaxPool2d:
+                    copy.op, copy.target = "call_function", _Place(f"pool_{len(calls)}")
+                    calls[copy.target] = PoolCall(child)
+        function = _compiled(fused, type(module).__name__, calls)
         names = {id(value): name for name, value in function.__globals__.items()}
         self._names = [names[id(call)] for call in self.calls]
         return function
+
+
+# What runs in the place of functions that pool.
+_POOLS: dict[Any, Callable] = {F.max_pool2d: pool_by_functional, torch.max_pool2d: pool_by_torch}
 
 
 def _reads_last(run: Run, made: dict[fx.Node, Run]) -> bool:
@@ -169,7 +181,7 @@ def _reads_last(run: Run, made: dict[fx.Node, Run]) -> bool:
     )
 
 
-def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, RunCall]) -> Callable:
+def _compiled(graph: fx.Graph, name: str, calls: dict[_Place, Callable]) -> Callable:
     """A graph as a function of the module that it names children of, and of its inputs."""
     code = graph.python_code("self")
     source = code.src

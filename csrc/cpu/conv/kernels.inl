@@ -3,7 +3,7 @@
 //
 // What the native convolutions do around their matrix products; see kernels.h. Data movement: every function reads its
 // tensors and writes its result once; what it leaves for the microkernel, and what that left for it, is in cache.
-#include "vector.inl"
+#include "../vector.inl"
 
 namespace resnet_fused::cpu {
 namespace {

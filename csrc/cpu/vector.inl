@@ -3,7 +3,7 @@
 //
 // Vectors of 16 floats, or of one for what is left of a row: the compiler's own vector types, which it maps to whatever
 // registers the instruction set has. In an unnamed namespace, like all that is compiled once per instruction set.
-#include "../storage.inl"
+#include "storage.inl"
 
 namespace resnet_fused::cpu {
 namespace {
