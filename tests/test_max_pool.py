@@ -348,7 +348,7 @@ def test_what_changes_shows(name):
     elif name != "backward hook":
         assert found.shape != before.shape or not torch.allclose(found, before)
     torch.testing.assert_close(found, expected)
-    for model, z in ((net, found), (other, expected)):
+    for z in (found, expected):
         z.sum().backward()
     torch.testing.assert_close(net.conv.weight.grad, other.conv.weight.grad, rtol=1e-3, atol=1e-4)
 

@@ -185,7 +185,8 @@ RESNET_FUSED_INLINE void gather(const MaxPoolBackwardParams& p, const Membership
     for (int v = 0; v < kVectors; ++v) {
       const auto bytes = load_raw<typename V::Bytes>(p.taps + at + v * kLanes);
       // By way of 16 bits: the compiler takes bytes to 32 bits one by one.
-      const auto taps = __builtin_convertvector(__builtin_convertvector(bytes, typename V::Halves), typename V::Integers);
+      const auto taps =
+          __builtin_convertvector(__builtin_convertvector(bytes, typename V::Halves), typename V::Integers);
       const auto is_here = taps == members[i].tap;
       sum[v] = is_here ? sum[v] + load<T, kLanes>(grad + v * kLanes) : sum[v];
     }
