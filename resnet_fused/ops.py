@@ -588,8 +588,8 @@ def max_pool2d_backward(
 ) -> Tensor:
     """The gradient of :func:`max_pool2d` with respect to its input, of plane ``input_plane`` (H, W), channels_last.
 
-    ``grad``, ``taps``: ``[N, C, P, Q]``. Each value is summed in float32, in the order of the windows, and rounded once:
-    in float32 PyTorch's own bits, in 16-bit types, of which PyTorch rounds each sum, closer to the exact ones.
+    ``grad``, ``taps``: ``[N, C, P, Q]``. Each value is summed in float32, in the order of the windows, and rounded
+    once: in float32 PyTorch's own bits, in 16-bit types, of which PyTorch rounds each sum, closer to the exact ones.
     """
     return _ops.max_pool2d_backward.default(
         grad, taps, input_plane, kernel_size, stride, padding, dilation, ceil_mode

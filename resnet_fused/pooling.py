@@ -3,8 +3,10 @@
 """Max pooling with one byte per output kept for backward: :func:`max_pool2d`.
 
 PyTorch keeps the input and an int64 index per output, and adds gradients where the indices say, on zeros written
-before. ResNet's stem (``[16, 64, 112, 112]``, 3x3, stride 2), forward and backward, 2 cores with AVX-512, torch 2.14.1:
-TABLE
+before. ResNet's stem (``[16, 64, 112, 112]``, 3x3, stride 2), 2 cores of a Zen 4, torch 2.14.1, milliseconds forward
+and backward: float32 5.9 for 23.0, bfloat16 5.2 for 8.4, float16 6.4 for 6.6. Most of PyTorch's 23.0 are page faults of
+new memory, which a process that trains need not have: within a step of ResNet-18's training (16 images) float32 takes
+5.9 for 8.7 and bfloat16 5.2 for 10.2, half a percent and one percent of the step; its peak of memory is 0.08 GB lower.
 """
 
 from __future__ import annotations
@@ -109,10 +111,11 @@ def max_pool2d(
 ) -> Tensor | None:
     """``torch.nn.functional.max_pool2d`` by this package's kernels, or None where PyTorch's own is to be called.
 
-    Taken are channels_last float32, bfloat16 and float16 on the CPU, up to 255 positions in a window. On CUDA
-    PyTorch's own is called, whose kernel gathers, too; so it is for contiguous tensors, and where torch.compile
-    traces without gradients, whose own pooling is as fast (2.0 ms of the table's; 53 with backward). Values are PyTorch's to the bit, NaN and ties included, and float32's
-    gradients, too; those of 16-bit types are summed in float32. Differentiates twice.
+    Taken are channels_last float32, bfloat16 and float16 on the CPU, up to 255 positions in a window. PyTorch's own is
+    called for contiguous tensors; on CUDA, where nothing slow was measured; and where torch.compile traces without
+    gradients, whose own pooling is as fast (2.0 ms of the above; 53 with backward). Values are PyTorch's to the bit,
+    NaN and ties included, and float32's gradients, too; those of 16-bit types are summed in float32. Differentiates
+    twice.
     """
     if return_indices or current_engine() == "reference":
         return None

@@ -33,10 +33,10 @@ cpu::Window window_of(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef p
   TORCH_CHECK_VALUE(kernel.height <= cpu::kMaxPoolTaps / kernel.width, "kernel_size: expected at most ",
                     cpu::kMaxPoolTaps, " positions, got ", kernel_size);
   // As PyTorch has it: no window lies in the padding alone, unless dilation leaps over the input.
-  TORCH_CHECK_VALUE(2 * pad.height <= (kernel.height - 1) * step.height + 1 &&
-                        2 * pad.width <= (kernel.width - 1) * step.width + 1,
-                    "padding: expected at most half of the window, kernel_size ", kernel_size, ", dilation ", dilation,
-                    ", got ", padding);
+  TORCH_CHECK_VALUE(
+      2 * pad.height <= (kernel.height - 1) * step.height + 1 && 2 * pad.width <= (kernel.width - 1) * step.width + 1,
+      "padding: expected at most half of the window, kernel_size ", kernel_size, ", dilation ", dilation, ", got ",
+      padding);
   return window;
 }
 
@@ -98,8 +98,8 @@ Tensor max_pool2d_backward(const Tensor& grad, const Tensor& taps, IntArrayRef i
   TORCH_CHECK_TYPE(taps.scalar_type() == at::kByte, "taps: expected uint8, got ", taps.scalar_type());
   const Tensor dense_grad = grad.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor dense_taps = taps.contiguous(at::MemoryFormat::ChannelsLast);
-  Tensor grad_x = empty_pooled(grad, {p.images, p.channels, p.input.height, p.input.width},
-                               at::MemoryFormat::ChannelsLast);
+  Tensor grad_x =
+      empty_pooled(grad, {p.images, p.channels, p.input.height, p.input.width}, at::MemoryFormat::ChannelsLast);
   p.grad = dense_grad.const_data_ptr();
   p.taps = dense_taps.const_data_ptr<uint8_t>();
   p.grad_x = grad_x.data_ptr();

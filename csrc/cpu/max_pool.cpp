@@ -29,8 +29,6 @@ void for_rows(const Params& p, int64_t height, void (*kernel)(const Params&, int
 
 void run_max_pool(const MaxPoolParams& p) { for_rows(p, p.output.height, kernels().max_pool); }
 
-void run_max_pool_backward(const MaxPoolBackwardParams& p) {
-  for_rows(p, p.input.height, kernels().max_pool_backward);
-}
+void run_max_pool_backward(const MaxPoolBackwardParams& p) { for_rows(p, p.input.height, kernels().max_pool_backward); }
 
 }  // namespace resnet_fused::cpu
