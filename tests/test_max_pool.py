@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from test_ops import not_had
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import resnet_fused as rf
 from resnet_fused import ops, pooling
@@ -383,7 +385,13 @@ def test_compiled(mode, hooked):
     if hooked:
         net.pool.register_forward_hook(lambda m, i, o: o * 2)
     other = copy.deepcopy(net)
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    pools = []
+
+    def note(graph, inputs):
+        pools.extend(str(node.target) for node in graph.graph.nodes if "pool" in str(node.target))
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(other, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True)
     x = image()
     with torch.set_grad_enabled(mode == "training"):
         z, expected = compiled(x), net(x)
@@ -392,3 +400,7 @@ def test_compiled(mode, hooked):
         z.sum().backward()
         expected.sum().backward()
         torch.testing.assert_close(other.conv.weight.grad, net.conv.weight.grad)
+    here = ["resnet_fused.max_pool2d.default", "resnet_fused.max_pool2d_backward.default"]
+    theirs = ["aten.max_pool2d_with_indices.default", "aten.max_pool2d_with_indices_backward.default"]
+    expected_pools = here if mode == "training" and not hooked else theirs
+    assert pools == (expected_pools if mode == "training" else expected_pools[:1])

@@ -9,9 +9,12 @@
 // Standard headers stay above this line: an inline function of theirs compiled for a newer processor could be
 // the copy that the linker keeps for everybody.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
 #pragma GCC target("avx2,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx2
 #define RESNET_FUSED_REGISTER 32
+#define RESNET_FUSED_WIDEN_HALVES _mm256_cvtph_ps
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

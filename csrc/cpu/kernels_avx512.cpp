@@ -9,9 +9,12 @@
 // Standard headers stay above this line: an inline function of theirs compiled for a newer processor could be
 // the copy that the linker keeps for everybody.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx512
 #define RESNET_FUSED_REGISTER 64
+#define RESNET_FUSED_WIDEN_HALVES _mm512_cvtph_ps
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

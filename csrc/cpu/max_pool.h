@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// Max pooling of channels_last tensors on the CPU. On CUDA PyTorch's own is taken: no measurement says that another would
-// be faster there.
+// Max pooling of channels_last tensors on the CPU. On CUDA PyTorch's own is taken: no measurement says that another
+// would be faster there.
 #pragma once
 
 #include "../params.h"

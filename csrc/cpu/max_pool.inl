@@ -86,20 +86,20 @@ RESNET_FUSED_INLINE void for_channels(int64_t c, int64_t channels, Body body) {
   for (; c < channels; ++c) body(Lanes<1>{}, c);
 }
 
-// The taps of a window at `start` that are inside [0, size): [first, end).
-struct Taps {
+struct Span {  // [first, end)
   int64_t first, end;
 };
 
-RESNET_FUSED_INLINE Taps taps_inside(int64_t start, int64_t kernel, int64_t dilation, int64_t size) {
+// The taps of a window at `start` that are inside [0, size).
+RESNET_FUSED_INLINE Span taps_inside(int64_t start, int64_t kernel, int64_t dilation, int64_t size) {
   int64_t first = 0, end = kernel;
   while (first < kernel && start + first * dilation < 0) ++first;
   while (end > first && start + (end - 1) * dilation >= size) --end;
   return {first, end};
 }
 
-// As in PyTorch the first of equal values is the maximum, the last NaN if there are any, and the window's first position
-// where all are minus infinity.
+// As in PyTorch the first of equal values is the maximum, the last NaN if there are any, and the window's first
+// position where all are minus infinity.
 template <class T>
 void max_pool_rows(const MaxPoolParams& p, int64_t begin, int64_t end) {
   using Value = typename T::Value;
@@ -107,10 +107,10 @@ void max_pool_rows(const MaxPoolParams& p, int64_t begin, int64_t end) {
   const auto [kernel, stride, padding, dilation] = p.window;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / p.output.height, top = row % p.output.height * stride.height - padding.height;
-    const Taps rows = taps_inside(top, kernel.height, dilation.height, height);
+    const Span rows = taps_inside(top, kernel.height, dilation.height, height);
     for (int64_t column = 0; column < p.output.width; ++column) {
       const int64_t left = column * stride.width - padding.width;
-      const Taps columns = taps_inside(left, kernel.width, dilation.width, width);
+      const Span columns = taps_inside(left, kernel.width, dilation.width, width);
       const int64_t at = (row * p.output.width + column) * channels;
       for_channels<T::kLanes>(0, channels, [&](auto lanes, int64_t c) {
         constexpr int kLanes = decltype(lanes)::value;
@@ -141,13 +141,13 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   dispatch_compared(p.dtype, [&](auto t) { max_pool_rows<decltype(t)>(p, begin, end); });
 }
 
-// The windows that a row or column of the input is in, [first, end): those of rows that are asked for one after the other.
+// The windows that a row or column of the input is in, [first, end); asked for one after the other.
 class Covering {
  public:
   Covering(int64_t count, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
       : count_(count), reach_((kernel - 1) * dilation), stride_(stride), padding_(padding) {}
 
-  RESNET_FUSED_INLINE Taps of(int64_t position) {
+  RESNET_FUSED_INLINE Span of(int64_t position) {
     while (first_ < count_ && start(first_) + reach_ < position) ++first_;
     while (end_ < count_ && start(end_) <= position) ++end_;
     return {first_, end_};
@@ -172,6 +172,20 @@ struct Membership {
   int32_t tap;
 };
 
+// As `load`, with the processor's own conversion of float16 where it has one: ours takes the time of all the rest.
+template <class T, int kLanes>
+RESNET_FUSED_INLINE Float<kLanes> load_gradient(const typename T::Value* p) {
+#ifdef RESNET_FUSED_WIDEN_HALVES
+  if constexpr (sizeof(typename T::Value) == 2 && 4 * kLanes == kRegister) {
+    if constexpr (!T::kIsBFloat16) {
+      using Halves [[gnu::vector_size(2 * kLanes)]] = long long;  // as the intrinsics have it
+      return bit_cast<Float<kLanes>>(RESNET_FUSED_WIDEN_HALVES(load_raw<Halves>(p)));
+    }
+  }
+#endif
+  return load<T, kLanes>(p);
+}
+
 // The sums of kVectors * kLanes channels from `c` on of one pixel.
 template <class T, int kLanes, int kVectors>
 RESNET_FUSED_INLINE void gather(const MaxPoolBackwardParams& p, const Membership* members, int count, int64_t c,
@@ -188,7 +202,7 @@ RESNET_FUSED_INLINE void gather(const MaxPoolBackwardParams& p, const Membership
       const auto taps =
           __builtin_convertvector(__builtin_convertvector(bytes, typename V::Halves), typename V::Integers);
       const auto is_here = taps == members[i].tap;
-      sum[v] = is_here ? sum[v] + load<T, kLanes>(grad + v * kLanes) : sum[v];
+      sum[v] = is_here ? sum[v] + load_gradient<T, kLanes>(grad + v * kLanes) : sum[v];
     }
   }
 #pragma GCC unroll 4
@@ -204,9 +218,9 @@ void max_pool_backward_rows(const MaxPoolBackwardParams& p, int64_t begin, int64
     const int64_t n = row / p.input.height, y = row % p.input.height;
     Covering vertical(p.output.height, kernel.height, stride.height, padding.height, dilation.height);
     Covering horizontal(p.output.width, kernel.width, stride.width, padding.width, dilation.width);
-    const Taps rows = vertical.of(y);
+    const Span rows = vertical.of(y);
     for (int64_t x = 0; x < p.input.width; ++x) {
-      const Taps columns = horizontal.of(x);
+      const Span columns = horizontal.of(x);
       int count = 0;
       for (int64_t i = rows.first; i < rows.end; ++i) {
         const int64_t r = tap_at(y - vertical.start(i), dilation.height);
