@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -51,13 +50,15 @@ class Proof:
             images = min(key.shape[0], max(images, 2))  # one value per channel has no statistics
         self._few = key._replace(shape=(images, *key.shape[1:]))
         self._library = all_library(key.units)
+        self._draws: list[tuple[Scratch, dict[str, Tensor], dict[str, Tensor]]] = []
         self._whole = whole.copy()  # others update the running statistics of theirs
         self._expected = observe(self._whole, self._library)
 
-    @functools.cache  # noqa: B019  (a proof lives as long as one block is planned)
     def _draw(self, index: int) -> tuple[Scratch, dict[str, Tensor], dict[str, Tensor]]:
-        scratch = make(self._few, seed=index + 1)
-        return scratch, observe(scratch, self._library), observe(scratch, None)
+        if index == len(self._draws):
+            scratch = make(self._few, seed=index + 1)
+            self._draws.append((scratch, observe(scratch, self._library), observe(scratch, None)))
+        return self._draws[index]
 
     def failure(self, choices: Choices) -> str | None:
         """In what the candidate differs from the library's engine by more than is allowed, or None."""
