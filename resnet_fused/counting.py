@@ -27,7 +27,7 @@ def bytes_kept(module: nn.Module, forward: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own and tensor.shape not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node holds is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         # The result holds the graph, so no storage is freed and its address used again.

@@ -4,6 +4,7 @@
 
 import builtins
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import resnet_fused as rf
+from resnet_fused import _C
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import EAGER, Entry, all_library
@@ -76,6 +78,18 @@ def test_a_plan_is_the_reason(chosen, training):
         decide.forget(plans=False)
     engines = {engine for c in found.blocks[0].convolutions for engine in c.passes.values()}
     assert engines == {(chosen, "measured to be the faster: resnet_fused.plan")}
+
+
+def test_nothing_is_kept_behind():
+    model = BasicBlock(64, 64).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 64, 64).to(memory_format=torch.channels_last)
+    gc.collect()
+    before = _C.memory_pool_state()["in_use"]
+    for norm in (model.bn1, model.bn2):
+        norm.eval().requires_grad_(False)  # the block's output is what its backward reads
+    rf.explain(model, x, training=None, rounds=1)
+    gc.collect()
+    assert _C.memory_pool_state()["in_use"] == before
 
 
 def test_totals_and_least():
