@@ -157,6 +157,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _driver() -> str:
+    """NVIDIA's, as Linux tells it: not every PyTorch does."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    return found[0] if found else "unknown"
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """What measured times depend on besides the block: the hardware, how it is driven, and the versions."""
     info = build_info()
@@ -171,7 +180,7 @@ def machine(device: torch.device) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
-        "driver": str(getattr(torch._C, "_cuda_getDriverVersion")()),  # noqa: B009  (its stubs lack it)
+        "driver": _driver(),
         "cudnn": str(torch.backends.cudnn.version()),
         **versions,
     }
