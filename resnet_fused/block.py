@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.distributed import Exchange
 from resnet_fused.opaque import LEARNT_PER_UNIT, TENSORS_PER_UNIT
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import Choices
@@ -43,6 +44,7 @@ class UnitPlan(NamedTuple):
     native: bool  # dgrad and wgrad
     native_fprop: bool
     normalises: bool  # False: a convolution alone, the last of its chain
+    exchange: Exchange | None
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -93,9 +95,9 @@ def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[UnitPlan, tuple[T
     conv, norm = u
     c = conv if conv is not None else NO_CONV
     n = norm if norm is not None else _NO_NORM
-    plan = UnitPlan(
-        conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
-    )
+    settings = (n.batch_statistics, n.momentum, n.eps)
+    exchange = n.exchange if n.batch_statistics else None
+    plan = UnitPlan(conv is not None, *c[2:6], *settings, native, native_fprop, norm is not None, exchange)
     return plan, (c.weight, c.bias, *n[:5])
 
 
@@ -132,9 +134,16 @@ def _normalise(plan: UnitPlan, y: Tensor, statistics: Tensor | None, norm: Seque
         return table
     if not plan.batch_statistics:
         return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
-    if y.numel() == y.shape[1]:
+    if y.numel() == y.shape[1] and plan.exchange is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
     statistics = statistics if statistics is not None else ops.bn_statistics(y)
+    if plan.exchange is not None:
+        statistics = plan.exchange.gather_statistics(statistics)
+        # On a GPU the host would have to wait for the counts.
+        if statistics.is_cpu and (total := int(statistics[:, 0, 0].sum())) <= 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {total} in all processes of the group"
+            )
     return ops.bn_finalize(
         statistics, weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
     )
@@ -326,6 +335,19 @@ def backward(
             found = found * scale.view(-1, 1, 1, 1)
         grads[i][0] = found.to(weight.dtype)
 
+    def exchange_sums(tables: dict[int, Tensor], y: Tensor) -> None:
+        """Makes backward coefficients, by unit, those of all processes' values; ``y`` is shaped as the units' inputs.
+
+        Gradients of gamma and beta stay this process's own, as all others are.
+        """
+        exchanges: Any = dict.fromkeys(plan.units[i].exchange for i in tables)
+        exchanges.pop(None, None)
+        for exchange in exchanges:
+            own = [i for i in tables if plan.units[i].exchange == exchange]
+            exchange.complete_backward(
+                [tables[i] for i in own], [coefficients[i] for i in own], y.numel() // y.shape[1]
+            )
+
     def norm_backward(i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
         """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
         statistics = plan.units[i].batch_statistics
@@ -333,7 +355,8 @@ def backward(
             b = coefficients[i].new_zeros((5, coefficients[i].shape[1]))
             b[2] = coefficients[i][2]
             return b
-        b = ops.bn_backward_finalize(sums, coefficients[i], branch, y.numel() // y.shape[1], statistics)
+        count = max(y.numel() // y.shape[1], 1)  # the sums over no values are 0
+        b = ops.bn_backward_finalize(sums, coefficients[i], branch, count, statistics)
         _, bias, gamma, beta = parameters[i]
         if needs[i][2] and not is_scaled(i):
             grads[i][2] = b[0].to(gamma.dtype)
@@ -415,6 +438,7 @@ def backward(
             )
         g = masked if plan.relu else grad
         b, b_shortcut = norm_backward(last, sums, 0, y), norm_backward(projection, sums, 1, s)
+        exchange_sums({last: b, projection: b_shortcut}, y)
         if write:
             gradient, of_shortcut = (
                 _Gradient(g, t, coefficients[i], table, plan.units[i].batch_statistics, scaled=is_scaled(i))
@@ -462,6 +486,7 @@ def backward(
         if identity and need_x and (write or not plan.relu):
             grad_x = g
         b = norm_backward(last, sums, 0, y)
+        exchange_sums({last: b}, y)
         statistics = plan.units[last].batch_statistics
         if plan.ends_in_convolution:
             gradient = grad
@@ -515,6 +540,7 @@ def backward(
             stopped = unit.native
             grad_a = written if stopped else grad_a
         b = norm_backward(i - 1, sums, 0, below)
+        exchange_sums({i - 1: b}, below)
         gradient = _Gradient(
             grad_a, below, coefficients[i - 1], b, unit.batch_statistics, relu=not stopped, own=True
         )
