@@ -93,6 +93,12 @@ def full_precision(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def shipped_table(monkeypatch):
+    """What is fused does not depend on the tests before: benchmarks turn this on, and then blocks are measured."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+@pytest.fixture(autouse=True)
 def no_plans(monkeypatch, tmp_path):
     """No plan of the user's is followed or changed, and none outlives a test."""
     monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "plans"))
