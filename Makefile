@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 REPORT_ARGS ?=
 TEST_ARGS ?=
-# Processes that the tests run in: most of them are Python.
+# Processes that the tests run in, on simulated GPUs of one thread each: most of the work is Python.
 TEST_JOBS ?= 2
 # The simulator of tests/gpusim: the GPUs, the PTX built for each of them, the tests' markers, what is looked for,
 # and how many GPUs there are.
@@ -58,7 +58,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 
 WHERE := $(PY) tests/gpusim/where.py
-RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests -n $(TEST_JOBS) --dist worksteal
+IN_PROCESSES := -n $(TEST_JOBS) --dist worksteal
+RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests $(IN_PROCESSES)
 # Pytest's status 5 is that no test was chosen, which TEST_ARGS may mean.
 NONE_IS_FINE = $(if $(strip $(TEST_ARGS)),|| { [ $$? = 5 ] && echo 'TEST_ARGS left none of them.'; })
 
@@ -125,8 +126,8 @@ simulate: $(SIMULATED)
 	@$(ENTER_SIMULATED) && \
 	for device in $(SIM_DEVICES); do \
 	  echo "The CUDA kernels on a simulated $$device ($(SIM_TESTS)):"; \
-	  { GPUSIM_DEVICE=$$device $(CURDIR)/tests/gpusim/bin/gpusim-run \
-	    $$python -m pytest $(CURDIR)/tests -m '$(SIM_TESTS)' $(TEST_ARGS) $(NONE_IS_FINE); } || exit 1; \
+	  { GPUSIM_DEVICE=$$device GPUSIM_THREADS=1 $(CURDIR)/tests/gpusim/bin/gpusim-run \
+	    $$python -m pytest $(CURDIR)/tests $(IN_PROCESSES) -m '$(SIM_TESTS)' $(TEST_ARGS) $(NONE_IS_FINE); } || exit 1; \
 	done
 
 test-gpusim: $(INSTALLED)  ## run the tests of the simulator itself
