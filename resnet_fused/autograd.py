@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import block, compiled, eager, inference, reference
+from resnet_fused import block, block_backward, compiled, eager, inference, reference
 from resnet_fused.block import Kept, Plan
 from resnet_fused.opaque import learnt
 from resnet_fused.planner import decide
@@ -48,7 +48,7 @@ class _Block(torch.autograd.Function):
             return _differentiable_backward(ctx, grad, x, z, kept.coefficients, parameters)
         _, of_input, of_shortcut, *of_tensors = ctx.needs_input_grad
         needs = (of_input, of_shortcut, *learnt(of_tensors))
-        grad_x, grad_shortcut, grads = block.backward(plan, needs, grad, x, z, kept, parameters)
+        grad_x, grad_shortcut, grads = block_backward.backward(plan, needs, grad, x, z, kept, parameters)
         return None, grad_x, grad_shortcut, *(g for of_unit in grads for g in (*of_unit, None, None, None))
 
 

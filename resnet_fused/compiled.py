@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from resnet_fused import block, opaque, ops
+from resnet_fused import block, block_backward, opaque, ops
 from resnet_fused.block import Kept
 from resnet_fused.engine import current_engine
 from resnet_fused.opaque import TENSORS_PER_UNIT, learnt
@@ -90,7 +90,9 @@ def _block_backward(grad, x, z, outputs, coefficients, parameters, needs, *rest)
     count = len(units)
     # Weights that forward cast are cast again.
     saved = Kept([kept.get(i) for i in range(count)], coefficients, [None] * count)
-    grad_x, grad_shortcut, grads = block.backward(plan, needs, grad, x, z, saved, block.per_unit(parameters))
+    grad_x, grad_shortcut, grads = block_backward.backward(
+        plan, needs, grad, x, z, saved, block.per_unit(parameters)
+    )
     found = [] if grad_x is None else [opaque.conform(grad_x, suggest_memory_format(x))]
     if grad_shortcut is not None:
         layouts = [layout for _, layout in opaque.outputs(x, units, join)]
