@@ -61,6 +61,8 @@ def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
     """
     plan: Plan = ctx.plan
     again = torch.is_grad_enabled()
+    if is_wrapped(grad) and any(u.exchange is not None for u in plan.units):
+        raise NotImplementedError("is_grads_batched: batches of gradients of a synchronised batch norm")
     with torch.enable_grad():
         # Where tensors depend on each other, or are the same, each receives its own share: the views end there.
         x = x.view_as(x)
@@ -73,7 +75,7 @@ def _differentiable_backward(ctx, grad, x, z, coefficients, parameters):
                 mean, var = table[0], table[1].pow(-2)
             conv = Conv(weight, bias, *unit[1:5]) if unit.convolves else None
             eps = unit.eps if unit.batch_statistics else 0.0
-            norm = Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps)
+            norm = Norm(gamma, beta, mean, var, None, unit.batch_statistics, 0.0, eps, unit.exchange)
             units.append(Unit(conv, norm if unit.normalises else None))
 
         if plan.join is Join.TENSOR:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.distributed import Exchange
 from resnet_fused.opaque import LEARNT_PER_UNIT, TENSORS_PER_UNIT
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import Choices
@@ -42,6 +43,7 @@ class UnitPlan(NamedTuple):
     native: bool  # dgrad and wgrad
     native_fprop: bool
     normalises: bool  # False: a convolution alone, the last of its chain
+    exchange: Exchange | None
 
     @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -92,9 +94,9 @@ def _split(u: Unit, native: bool, native_fprop: bool) -> tuple[UnitPlan, tuple[T
     conv, norm = u
     c = conv if conv is not None else NO_CONV
     n = norm if norm is not None else _NO_NORM
-    plan = UnitPlan(
-        conv is not None, *c[2:6], n.batch_statistics, n.momentum, n.eps, native, native_fprop, norm is not None
-    )
+    settings = (n.batch_statistics, n.momentum, n.eps)
+    exchange = n.exchange if n.batch_statistics else None
+    plan = UnitPlan(conv is not None, *c[2:6], *settings, native, native_fprop, norm is not None, exchange)
     return plan, (c.weight, c.bias, *n[:5])
 
 
@@ -131,9 +133,16 @@ def _normalise(plan: UnitPlan, y: Tensor, statistics: Tensor | None, norm: Seque
         return table
     if not plan.batch_statistics:
         return ops.bn_coefficients(running_mean, running_var, weight, bias, plan.eps, y.dtype)
-    if y.numel() == y.shape[1]:
+    if y.numel() == y.shape[1] and plan.exchange is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {y.size()}")
     statistics = statistics if statistics is not None else ops.bn_statistics(y)
+    if plan.exchange is not None:
+        statistics = plan.exchange.gather_statistics(statistics)
+        # On a GPU the host would have to wait for the counts.
+        if statistics.is_cpu and (total := int(statistics[:, 0, 0].sum())) <= 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got {total} in all processes of the group"
+            )
     return ops.bn_finalize(
         statistics, weight, bias, running_mean, running_var, num_batches_tracked, plan.momentum, plan.eps
     )

@@ -165,14 +165,34 @@ class _Backward:
 
     # One layer.
 
+    def through_norms(self, indices: Sequence[int], sums: Tensor | None, y: Tensor) -> list[Tensor]:
+        """The own gradients of the batch norms of a pass; returns their backward coefficients.
+
+        Args:
+            indices: their units.
+            sums: of that pass, the first unit's and, if there are two, the second one's.
+            y: shaped as their inputs.
+        """
+        tables = {i: self.through_norm(i, sums, branch, y) for branch, i in enumerate(indices)}
+        # Coefficients are those of all processes' values; gradients of gamma and beta stay this one's own, as all are.
+        exchanges: Any = dict.fromkeys(self.plan.units[i].exchange for i in indices)
+        exchanges.pop(None, None)
+        for exchange in exchanges:
+            own = [i for i in indices if self.plan.units[i].exchange == exchange]
+            exchange.complete_backward(
+                [tables[i] for i in own], [self.coefficients[i] for i in own], y.numel() // y.shape[1]
+            )
+        return list(tables.values())
+
     def through_norm(self, i: int, sums: Tensor | None, branch: int, y: Tensor) -> Tensor:
-        """Batch norm i's own gradients; returns its backward coefficients. ``y``: its input."""
+        """One of :meth:`through_norms`, as this process's values have it."""
         statistics, needs = self.plan.units[i].batch_statistics, self.needs[i]
         if sums is None:  # a frozen one that nothing of is to be learnt: dy = scale*g
             b = self.coefficients[i].new_zeros((5, self.coefficients[i].shape[1]))
             b[2] = self.coefficients[i][2]
             return b
-        b = ops.bn_backward_finalize(sums, self.coefficients[i], branch, y.numel() // y.shape[1], statistics)
+        count = max(y.numel() // y.shape[1], 1)  # the sums over no values are 0
+        b = ops.bn_backward_finalize(sums, self.coefficients[i], branch, count, statistics)
         _, bias, gamma, beta = self.parameters[i]
         if needs[2] and not self.is_scaled(i):
             self.grads[i][2] = b[0].to(gamma.dtype)
@@ -264,7 +284,7 @@ class _Backward:
             masked, sums, _ = ops.bn_backward_reduce(
                 grad, y, tables[0], s, tables[1], self.z, plan.relu, write and plan.relu
             )
-        b, b_shortcut = self.through_norm(last, sums, 0, y), self.through_norm(projection, sums, 1, s)
+        b, b_shortcut = self.through_norms((last, projection), sums, y)
         if not write:
             self.gradient, grad_s = ops.bn_backward_apply_pair(
                 grad,
@@ -316,7 +336,7 @@ class _Backward:
             self.grad_shortcut = g
         if identity and (write or not plan.relu):
             self.grad_x = g
-        b = self.through_norm(last, sums, 0, y)
+        (b,) = self.through_norms((last,), sums, y)
         statistics = plan.units[last].batch_statistics
         if plan.ends_in_convolution:
             self.gradient = grad
@@ -384,7 +404,7 @@ class _Backward:
                     self.through_library(i + 1, self.gradient, a, False, True)
             stopped = unit.native
             grad_a = written if stopped else grad_a
-        b = self.through_norm(i, sums, 0, below)
+        (b,) = self.through_norms((i,), sums, below)
         self.gradient = _Gradient(
             grad_a, below, self.coefficients[i], b, unit.batch_statistics, relu=not stopped, own=True
         )

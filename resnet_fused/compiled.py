@@ -39,17 +39,17 @@ _OPTIONS = "bool minimal, bool cast_weights, bool reads"
 
 
 @opaque.operator("block_forward", f"Tensor x, Tensor? shortcut, Tensor?[] tensors, {_OPTIONS}", "Tensor[]")
-def _block_forward(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine, join, relu):
+def _block_forward(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, groups, engine, join, relu):
     """The output, the convolutions' outputs that are kept, the coefficients, what the running statistics become."""
     # Not updated in place: torch.compile has no functional form of an operator that writes and returns a list.
     tensors, copies = list(tensors), {}
-    running = _running(tensors, opaque.restore(tensors, sizes, numbers))
+    running = _running(tensors, opaque.restore(tensors, sizes, numbers, groups))
     for i in running:
         key = tensors[i].data_ptr()  # one batch norm may serve two units
         if key not in copies:
             copies[key] = tensors[i].clone()
         tensors[i] = copies[key]
-    join, units = Join(join), opaque.restore(tensors, sizes, numbers)
+    join, units = Join(join), opaque.restore(tensors, sizes, numbers, groups)
     plan, tensors = block.choose(x, units, join, relu, minimal, cast_weights, reads)
     z, kept = block.forward(plan, x, shortcut, tensors)
     layouts = [layout for _, layout in opaque.outputs(x, units, join)]
@@ -61,8 +61,8 @@ def _block_forward(x, shortcut, tensors, minimal, cast_weights, reads, sizes, nu
 
 
 @_block_forward.register_fake
-def _(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine, join, relu):
-    join, units = Join(join), opaque.restore(tensors, sizes, numbers)
+def _(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, groups, engine, join, relu):
+    join, units = Join(join), opaque.restore(tensors, sizes, numbers, groups)
 
     def empty(shape, layout):
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -83,8 +83,8 @@ def _(x, shortcut, tensors, minimal, cast_weights, reads, sizes, numbers, engine
 )
 def _block_backward(grad, x, z, outputs, coefficients, parameters, needs, *rest):
     """The gradients that are needed: the input's, the shortcut's, those of four parameters per unit."""
-    minimal, cast_weights, reads, sizes, numbers, _, join, relu = rest
-    join, units = Join(join), _units(parameters, sizes, numbers)
+    minimal, cast_weights, reads, sizes, numbers, groups, _, join, relu = rest
+    join, units = Join(join), _units(parameters, sizes, numbers, groups)
     plan, _ = block.choose(x, units, join, relu, minimal, cast_weights, reads)
     kept = dict(zip(_kept(units, join, minimal, reads), outputs, strict=True))
     count = len(units)
@@ -103,20 +103,22 @@ def _block_backward(grad, x, z, outputs, coefficients, parameters, needs, *rest)
 
 @_block_backward.register_fake
 def _(grad, x, z, outputs, coefficients, parameters, needs, *rest):
-    minimal, cast_weights, reads, sizes, numbers, engine, join, relu = rest
+    minimal, cast_weights, reads, sizes, numbers, groups, engine, join, relu = rest
     of_input, of_shortcut, *of_parameters = needs
     found = [torch.empty_like(x, memory_format=suggest_memory_format(x))] if of_input else []
     if of_shortcut:
-        *_, (shape, layout) = opaque.outputs(x, _units(parameters, sizes, numbers), Join(join))
+        *_, (shape, layout) = opaque.outputs(x, _units(parameters, sizes, numbers, groups), Join(join))
         found.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout))
     given = zip(of_parameters, parameters, strict=True)
     return found + [torch.empty_like(parameter) for needed, parameter in given if needed]
 
 
-def _units(parameters: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float]) -> list[Unit]:
+def _units(
+    parameters: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float], groups: str
+) -> list[Unit]:
     """Units without running statistics."""
     tensors = [t for own in block.per_unit(parameters) for t in (*own, None, None, None)]
-    return opaque.restore(tensors, sizes, numbers)
+    return opaque.restore(tensors, sizes, numbers, groups)
 
 
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -136,8 +138,8 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        minimal, _, reads, sizes, numbers, _, join, relu = call
-        units = opaque.restore(tensors, sizes, numbers)
+        minimal, _, reads, sizes, numbers, groups, _, join, relu = call
+        units = opaque.restore(tensors, sizes, numbers, groups)
         kept, count = len(_kept(units, Join(join), minimal, reads)), len(units)
         z, *found = _block_forward(x, shortcut, tensors, *call)
         saved, updated = found[: kept + count], found[kept + count :]

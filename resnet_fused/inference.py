@@ -154,15 +154,15 @@ def _take_apart(
 
 
 @opaque.operator("block_inference", "Tensor x, Tensor? shortcut, Tensor?[] tensors", "Tensor")
-def _block_inference(x, shortcut, tensors, sizes, numbers, engine, join, relu):
-    units, joined = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers), Join(join))
+def _block_inference(x, shortcut, tensors, sizes, numbers, groups, engine, join, relu):
+    units, joined = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers, groups), Join(join))
     z = residual(x, units, joined, relu)
     return opaque.conform(z, _layout(x, units))
 
 
 @_block_inference.register_fake
-def _(x, shortcut, tensors, sizes, numbers, engine, join, relu):
-    units, _ = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers), Join(join))
+def _(x, shortcut, tensors, sizes, numbers, groups, engine, join, relu):
+    units, _ = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers, groups), Join(join))
     *_, (shape, _) = opaque.outputs(x, units, Join.NONE)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x, units))
 

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.engine import engine, without_autocast
+from resnet_fused.distributed import Exchange
 from resnet_fused.units import NO_CONV, Conv, Join, Norm, Unit, output_plane
 
 TENSORS_PER_UNIT = 7  # in the order of Conv and Norm
 LEARNT_PER_UNIT = 4  # the first of them
 
 # The arguments that `describe` makes, and how blocks are joined.
-_DESCRIPTION = "int[] sizes, float[] numbers, str engine, int join, bool relu"
+_DESCRIPTION = "int[] sizes, float[] numbers, str groups, str engine, int join, bool relu"
 _SIZES_PER_UNIT = 11
 _NUMBERS_PER_UNIT = 2
 
@@ -35,7 +36,7 @@ def in_operator() -> bool:
     return _in_operator.get()
 
 
-Description = tuple[list[int], list[float]]
+Description = tuple[list[int], list[float], str]
 
 
 def tensors_of(units: Sequence[Unit]) -> list[Tensor | None]:
@@ -56,27 +57,32 @@ def describe(units: Sequence[Unit]) -> Description:
     """All of ``units`` but their tensors."""
     sizes: list[int] = []
     numbers: list[float] = []
+    groups: list[str] = []
     for conv, norm in units:
         c = NO_CONV if conv is None else conv
         n = Norm(None, None) if norm is None else norm
         sizes += [conv is not None, norm is not None, *c.stride, *c.padding, *c.dilation, c.groups]
         sizes += [n.batch_statistics, n.momentum is not None]
         numbers += [0.0 if n.momentum is None else n.momentum, n.eps]
-    return sizes, numbers
+        groups.append("" if n.exchange is None else n.exchange.group)
+    return sizes, numbers, "\n".join(groups)
 
 
-def restore(tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float]) -> list[Unit]:
+def restore(
+    tensors: Sequence[Tensor | None], sizes: Sequence[int], numbers: Sequence[float], groups: str
+) -> list[Unit]:
     """The units that :func:`describe` and :func:`tensors_of` took apart."""
     units = []
-    for i in range(len(sizes) // _SIZES_PER_UNIT):
+    for i, group in enumerate(groups.split("\n")):
         own = tensors[i * TENSORS_PER_UNIT : (i + 1) * TENSORS_PER_UNIT]
-        convolves, normalises, *geometry, groups, batch_statistics, tracks = (
+        convolves, normalises, *geometry, conv_groups, batch_statistics, tracks = (
             sizes[i * _SIZES_PER_UNIT : (i + 1) * _SIZES_PER_UNIT]
         )
         momentum, eps = numbers[i * _NUMBERS_PER_UNIT : (i + 1) * _NUMBERS_PER_UNIT]
         pairs = (tuple(geometry[j : j + 2]) for j in (0, 2, 4))
-        conv = Conv._make((*own[:2], *pairs, groups, None)) if convolves else None
-        settings = (bool(batch_statistics), momentum if tracks else None, eps)
+        conv = Conv._make((*own[:2], *pairs, conv_groups, None)) if convolves else None
+        exchange = Exchange(group) if group else None
+        settings = (bool(batch_statistics), momentum if tracks else None, eps, exchange)
         norm = Norm._make((*own[2:], *settings)) if normalises else None
         units.append(Unit(conv, norm))
     return units

@@ -28,9 +28,10 @@ def _channels(v: Tensor) -> Tensor:
 def bn_statistics(y: Tensor) -> Tensor:
     """Count, mean and M2 per channel: ``[1, 3, C]``."""
     y = _acc(y)
-    mean = y.mean((0, 2, 3))
+    count = y.numel() // y.shape[1]
+    mean = y.sum((0, 2, 3)) / max(count, 1)
     m2 = (y - _channels(mean)).square().sum((0, 2, 3))
-    return torch.stack((torch.full_like(mean, y.numel() // y.shape[1]), mean, m2)).unsqueeze(0)
+    return torch.stack((torch.full_like(mean, count), mean, m2)).unsqueeze(0)
 
 
 def _coefficients(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -171,7 +172,10 @@ def _statistics(y: Tensor, norm: Norm | None) -> Tensor:
         zero = torch.zeros(y.shape[1], dtype=_acc(y).dtype, device=y.device)
         return torch.stack((zero, zero + 1, zero + 1, zero))
     if norm.batch_statistics:
-        return bn_finalize(bn_statistics(y), *norm[:5], norm.momentum, norm.eps)
+        statistics = bn_statistics(y)
+        if norm.exchange is not None:
+            statistics = norm.exchange.gather_differentiably(statistics)
+        return bn_finalize(statistics, *norm[:5], norm.momentum, norm.eps)
     assert norm.running_mean is not None and norm.running_var is not None
     return bn_coefficients(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, y.dtype)
 

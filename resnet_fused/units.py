@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from resnet_fused.distributed import Exchange
     from resnet_fused.snapshot import Packed
 
 # The dtypes of activations that have kernels.
@@ -63,7 +64,7 @@ class Norm(NamedTuple):
     or None.
     ``batch_statistics``: normalise by the batch's own statistics (training), else by the running ones.
     The running statistics are updated where ``batch_statistics`` and they are given. ``momentum=None`` is the
-    cumulative average.
+    cumulative average. ``exchange``: the batch is that of several processes.
     """
 
     weight: Tensor | None
@@ -74,6 +75,7 @@ class Norm(NamedTuple):
     batch_statistics: bool = True
     momentum: float | None = 0.1
     eps: float = 1e-5
+    exchange: Exchange | None = None
 
 
 class Unit(NamedTuple):

@@ -120,8 +120,10 @@ def choices(
 ) -> Choices:
     """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
 
-    Or `EAGER`, which only a plan says.
+    Or `EAGER`, which only a plan says, and not of batch norms that are synchronised.
     """
+    if x.shape[0] == 0:
+        return all_library(chain)  # without a choice to make: where other processes have images
     engine = current_engine()
     recorder = _recorder.get()
     if recorder is None and engine != "auto":
@@ -130,8 +132,11 @@ def choices(
     if recorder is None:
         found = _decided.get(key)
         chosen = found[0] if found is not None else _decide(key, x, chain)
-        # What is compiled has an operator of its own for a block, which eager is not.
-        return all_library(chain) if not chosen and opaque.in_operator() else chosen
+        if chosen:
+            return chosen
+        # What is compiled has an operator of its own for a block, which eager is not; eager does not exchange.
+        exchanges = any(u.norm is not None and u.norm.exchange is not None for u in chain)
+        return all_library(chain) if exchanges or opaque.in_operator() else chosen
     native = possible(training, x, chain)
     table = shipped(training, x, chain, join, native)
     chosen, source = all_library(chain), engine

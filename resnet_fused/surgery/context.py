@@ -54,7 +54,6 @@ def fusible(x: Any) -> bool:
         and x.dtype in DTYPES
         and ops.has_kernels(x.device)
         and x.layout is torch.strided
-        and x.numel() > 0
     )
 
 

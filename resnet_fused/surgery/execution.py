@@ -148,6 +148,10 @@ def run_block(
             frozen = frozen and not n.batch_statistics
     if not _together(x, tensors):
         return None
+    if x.numel() == 0:
+        # As eager has it, but for a batch without images where other processes wait for its statistics.
+        if x.shape[0] != 0 or all(n is None or n.exchange is None for _, n in chain):
+            return None
     reference = current_engine() == "reference"
     infers = frozen and not reference and not _differentiates((x, joined, *tensors))
     if bare and not infers:

@@ -37,10 +37,6 @@ def fold(model: nn.Module) -> nn.Module:
     """
     check_model(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    # In evaluation a SyncBatchNorm is a batch norm; those that are not folded get their class back.
-    synchronised: list[nn.Module] = [m for m in model.modules() if type(m) is nn.SyncBatchNorm]
-    for module in synchronised:
-        module.__class__ = nn.BatchNorm2d
     fuse(model)
     owners: list[tuple[nn.Module, str, Any]] = [
         (m, name, child) for m in model.modules() for name, child in m._modules.items()
@@ -53,8 +49,6 @@ def fold(model: nn.Module) -> nn.Module:
         if id(child) in folded:
             _fold_pair(*folded[id(child)])
             owner._modules[name] = child.act if normalises_and_activates(child) else nn.Identity().eval()
-    for module in synchronised:
-        module.__class__ = nn.SyncBatchNorm
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__dict__[PACKED] = Packed()

@@ -265,7 +265,8 @@ def without_fusion(module: nn.Module, memo: dict[int, nn.Module] | None = None) 
         return memo[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
         return module
-    twin = memo[id(module)] = type(module).__new__(type(module))
+    twin: nn.Module = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
+    memo[id(module)] = twin
     own = _ATTRIBUTES if fused_forward(module) is not None else ()
     twin.__dict__.update((k, v) for k, v in module.__dict__.items() if k not in own)
     twin.__dict__["_modules"] = type(module._modules)(

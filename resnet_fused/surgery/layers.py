@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from resnet_fused.distributed import exchange_of
 from resnet_fused.units import Conv, Norm
 
 # The attribute in which a folded convolution has its resnet_fused.snapshot.Packed.
@@ -64,6 +65,7 @@ _STOOD_IN_FOR: tuple[tuple[type | ModuleType, tuple[str, ...]], ...] = (
     (nn.Module, ("__call__", "_call_impl", "__getattr__")),
     (nn.Conv2d, ("forward", "_conv_forward", "__call__")),
     (nn.BatchNorm2d, ("forward", "_check_input_dim", "__call__")),
+    (nn.SyncBatchNorm, ("forward", "_check_input_dim", "_check_non_zero_input_channels", "__call__")),
     (nn.ReLU, ("forward", "__call__")),
     (nn.MaxPool2d, ("forward", "__call__")),
     (nn.Identity, ("forward", "__call__")),
@@ -174,9 +176,9 @@ def frozen_batch_norm(module: object) -> bool:
 
 
 def normalises_and_activates(module: object) -> bool:
-    """timm's BatchNormAct2d: a batch norm, then its children ``drop`` and ``act``."""
+    """timm's BatchNormAct2d and SyncBatchNormAct: a batch norm, then its children ``drop`` and ``act``."""
     cls = type(module)
-    return cls.__name__ == "BatchNormAct2d" and cls.__module__.split(".")[0] == "timm"
+    return cls.__name__ in ("BatchNormAct2d", "SyncBatchNormAct") and cls.__module__.split(".")[0] == "timm"
 
 
 def conv_reason(module: Any) -> str | None:
@@ -196,7 +198,7 @@ def conv_reason(module: Any) -> str | None:
 def norm_reason(module: Any) -> str | None:
     """Why ``module`` cannot be fused as a batch norm; None if it can."""
     cls = type(module)
-    if not _keeps(cls, nn.BatchNorm2d):
+    if not (_keeps(cls, nn.BatchNorm2d) or _keeps(cls, nn.SyncBatchNorm)):
         if not frozen_batch_norm(module) and not normalises_and_activates(module):
             return f"{cls.__name__} is not a plain nn.BatchNorm2d"
         if not _genuine(module):
@@ -248,4 +250,5 @@ def norm_of(module: Any) -> Norm:
         mean = var = None
     if not tracked:
         counter = None
-    return Norm(weight, bias, mean, var, counter, batch_statistics, module.momentum, module.eps)
+    exchange = exchange_of(module) if module.training and isinstance(module, nn.SyncBatchNorm) else None
+    return Norm(weight, bias, mean, var, counter, batch_statistics, module.momentum, module.eps, exchange)

@@ -24,6 +24,7 @@ from resnet_fused.surgery.program import Program
 _MODULES = (
     nn.Conv2d,
     nn.BatchNorm2d,
+    nn.SyncBatchNorm,
     nn.ReLU,
     nn.MaxPool2d,
     nn.AvgPool2d,

@@ -94,7 +94,7 @@ _CONTEXTS = ("torch.utils._contextlib", "torch.amp.", "torch.autograd.grad_mode"
 _PURE_LIBRARY = ("functools", "contextlib", "collections", "typing", "enum", "copy", "abc", "operator", "itertools")
 # Layers and functions that return one tensor.
 _GIVE_TENSORS: tuple[type, ...] = (
-    *(nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish),
+    *(nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Hardswish),
     nn.Linear,
     nn.Dropout,
     nn.AvgPool2d,
@@ -187,7 +187,7 @@ class _Recorder(fx.Tracer):
 
     def twin(self, module: nn.Module, prefix: str = "") -> nn.Module:
         """A copy of ``module``'s attributes with symbols for tensors and stand-ins for children."""
-        twin = type(module).__new__(type(module))
+        twin: Any = object.__new__(type(module))  # FSDP2's classes have a __new__ of their own
         for name, value in module.__dict__.items():
             if name == "forward":
                 continue
