@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright (c) the resnet_fused authors
+"""What each process of tests/test_distributed.py does: checks by name, each of them by all processes at once."""
+
+import contextlib
+import datetime
+import functools
+import json
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import resnet_fused as rf
+from resnet_fused.distributed import Exchange
+from resnet_fused.testing import assert_passed, compare_observations
+
+CHECKS = {}
+CLOSE = 1e-10  # in float64
+# Images of each process, by how many processes there are.
+UNEQUAL = {2: (2, 5), 3: (4, 1, 3)}
+EMPTY = {2: (6, 0), 3: (3, 0, 5)}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Net(nn.Module):
+    """Blocks with an identity and with a projection, a bias, batch norms of one's choice."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU())
+        self.basic = BasicBlock(8, 8, norm_layer=norm)
+        downsample = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), norm(16))
+        self.bottleneck = Bottleneck(8, 4, 2, downsample, norm_layer=norm)
+        self.norm = norm(16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.norm(self.bottleneck(self.basic(self.stem(x))))).mean((2, 3)))
+
+
+def make(norm=nn.BatchNorm2d, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = Net(norm)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d) and m.affine:
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+    return model.to(dtype, memory_format=torch.channels_last)
+
+
+def sync(model, group=None):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+
+
+def fused(model):
+    report = rf.fuse(model)
+    assert report.batch_norms.training == report.batch_norms.total, report
+    return model
+
+
+def batch(images, dtype=torch.float64):
+    """Images, and the weights of the outputs in the loss."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(images, 3, 10, 8, generator=generator, dtype=torch.float64) + 3
+    weight = torch.randn(images, 3, generator=generator, dtype=torch.float64)
+    return x.to(dtype, memory_format=torch.channels_last), weight.to(dtype)
+
+
+def share_of(counts, rank=None):
+    """Where a process's images are in the whole batch."""
+    rank = dist.get_rank() if rank is None else rank
+    begin = sum(counts[:rank])
+    return slice(begin, begin + counts[rank])
+
+
+def whole(t):
+    """A parameter that FSDP2 may have sharded."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def train(model, run, x, weight, scale=1, reduce=lambda model: None, steps=2):
+    """All that comes out of steps of SGD on the loss ``scale * (run(x) * weight).sum()``."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    seen = {}
+    for step in range(steps):
+        optimizer.zero_grad()
+        mine = x.detach().requires_grad_()
+        out = run(mine)
+        (scale * out * weight).sum().backward()
+        reduce(model)
+        seen |= {f"output {step}": out.detach(), f"gradient of x {step}": mine.grad / scale}
+        seen |= {f"gradient of {name} {step}": whole(p.grad).clone() for name, p in model.named_parameters()}
+        optimizer.step()
+    seen |= {f"parameter {name}": whole(p.detach()).clone() for name, p in model.named_parameters()}
+    return seen | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
+
+
+def in_one_process(counts, norm=nn.BatchNorm2d, dtype=torch.float64, share=None, **options):
+    """What eager execution of the whole batch gives, cut to this process's share."""
+    model, share = make(norm, dtype), share_of(counts) if share is None else share
+    seen = train(model, model, *batch(sum(counts), dtype), **options)
+    return {k: v[share] if k.startswith(("output", "gradient of x")) else v for k, v in seen.items()}
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, e in expected.items():
+        assert found[name].shape == e.shape, name
+        if e.numel():
+            distance, size = float((found[name] - e).abs().max()), max(1.0, float(e.abs().max()))
+            assert distance <= CLOSE * size, f"{name}: {distance:.1e} apart"
+
+
+def assert_same_bits(tensors):
+    """Of what every process has, the same everywhere."""
+    for name, t in tensors.items():
+        first = t.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, t), f"{name} differs between processes"
+
+
+def sum_gradients(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+
+
+def equals_one_process(counts, norm=nn.BatchNorm2d, wrap=None):
+    """A synchronised model on this process's share against one process. ``wrap``: DDP's or FSDP2's way to make it."""
+    x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
+    model = make(norm)
+    if wrap is not None:
+        run = wrap(model)
+        found = train(model, run, x, weight, scale=dist.get_world_size())  # the average of these is the sum
+    else:
+        run = fused(sync(model))
+        found = train(model, run, x, weight, reduce=sum_gradients)
+    assert_close(found, in_one_process(counts, norm))
+    assert_same_bits({k: v for k, v in found.items() if k.startswith(("parameter", "buffer"))})
+
+
+@contextlib.contextmanager
+def gathered():
+    """How often tables of how many rows were exchanged."""
+    seen, original = Counter(), Exchange.gather
+
+    def gather(self, table):
+        seen[table.shape[1]] += 1
+        return original(self, table)
+
+    with mock.patch.object(Exchange, "gather", gather):
+        yield seen
+
+
+def ddp(model):
+    # DDP refuses a SyncBatchNorm on the CPU when it is made: converted behind it.
+    wrapped = DistributedDataParallel(fused(model))
+    sync(wrapped.module)
+    return wrapped
+
+
+def fsdp(model):
+    fused(sync(model.to(memory_format=torch.contiguous_format)))  # FSDP2 takes no other parameters
+    for child in (model.basic, model.bottleneck, model):
+        fully_shard(child)
+    return model
+
+
+@check
+def ddp_with_unequal_counts():
+    equals_one_process(UNEQUAL[dist.get_world_size()], wrap=ddp)
+
+
+@check
+def ddp_with_an_empty_process():
+    equals_one_process(EMPTY[dist.get_world_size()], wrap=ddp)
+
+
+@check
+def fsdp2():
+    equals_one_process(UNEQUAL[dist.get_world_size()], wrap=fsdp)
+
+
+@check
+def engines():
+    for name in ("reference", "library", "native"):
+        for counts in (UNEQUAL, EMPTY):
+            with rf.engine(name):
+                equals_one_process(counts[dist.get_world_size()])
+
+
+@check
+def one_gather_in_each_direction():
+    for memory in ("default", "minimal"):
+        model = fused(sync(make()))
+        rf.set_memory(model, memory)
+        x, weight = batch(4)
+        with gathered() as seen:
+            (model(x) * weight).sum().backward()
+        # Eight batch norms; those that meet in the projection's join share one in backward.
+        assert seen == {3: 8 + 6, 5: 1}, (memory, seen)
+        with gathered() as seen:
+            model.eval()(x).sum().backward()
+        assert not seen, seen
+
+
+@check
+def minimal_memory():
+    def minimal(model):
+        wrapped = ddp(model)
+        rf.set_memory(model, "minimal")
+        return wrapped
+
+    equals_one_process(UNEQUAL[dist.get_world_size()], wrap=minimal)
+
+
+@check
+def settings_of_batch_norms():
+    for options in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}):
+        equals_one_process(UNEQUAL[dist.get_world_size()], functools.partial(nn.BatchNorm2d, **options))
+
+
+@check
+def groups():
+    """The first process by itself, the others together."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    members = [[0], list(range(1, world))]
+    made = [dist.new_group(ranks) for ranks in members]
+    own = int(rank > 0)
+    group, counts = made[own], [UNEQUAL[world][r] for r in members[own]]
+    share = share_of(counts, members[own].index(rank))
+    x, weight = (t[share] for t in batch(sum(counts)))
+    model = fused(sync(make(), group))
+    with gathered() as seen:
+        found = train(model, model, x, weight, reduce=functools.partial(sum_gradients, group=group))
+    assert_close(found, in_one_process(counts, share=share))
+    assert bool(seen) == (len(counts) > 1)
+
+
+@check
+def float32_within_the_policy():
+    counts = UNEQUAL[dist.get_world_size()]
+    reference, eager = (in_one_process(counts, dtype=t, steps=1) for t in (torch.float64, torch.float32))
+    for engine in ("library", "native"):
+        with rf.engine(engine):
+            model = fused(sync(make(dtype=torch.float32)))
+            x, weight = (t[share_of(counts)] for t in batch(sum(counts), torch.float32))
+            found = train(model, model, x, weight, reduce=sum_gradients, steps=1)
+        assert_passed(compare_observations(found, eager, reference, precision=torch.float32))
+
+
+@check
+def second_derivatives():
+    counts = UNEQUAL[dist.get_world_size()]
+
+    def penalised(model, x, weight):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad((model(x) * weight).sum(), x, create_graph=True)
+        g.square().sum().backward()
+        return x.grad
+
+    expected = make()
+    of_x = penalised(expected, *batch(sum(counts)))[share_of(counts)]
+    model = fused(sync(make()))
+    found = penalised(model, *(t[share_of(counts)] for t in batch(sum(counts))))
+    sum_gradients(model)
+    gradients = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, expected)]
+    assert_close(gradients[0] | {"x": found}, gradients[1] | {"x": of_x})
+
+
+@check
+def compiled():
+    torch._dynamo.reset()
+
+    def compile_(model):
+        return torch.compile(ddp(model).module, fullgraph=True, backend="aot_eager")
+
+    counts = UNEQUAL[dist.get_world_size()]
+    x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
+    model = make()
+    with gathered() as seen:
+        found = train(model, compile_(model), x, weight, reduce=sum_gradients)
+    assert_close(found, in_one_process(counts))
+    assert seen == {3: 2 * (8 + 6), 5: 2}
+
+
+@check
+def too_few_values():
+    """One value in all processes together has no variance."""
+    x = torch.ones(int(dist.get_rank() == 0), 3, 1, 1)
+    block = rf.ConvBNAct2d(3, 4, 1, norm_layer=nn.SyncBatchNorm)
+    try:
+        block(x)
+    except ValueError as error:
+        assert "got 1 in all processes" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def main(folder, store, rank, world):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    seen = {}
+    for name, function in CHECKS.items():
+        try:
+            function()
+            seen[name] = None
+        except Exception:
+            seen[name] = traceback.format_exc()
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(seen))
+        if seen[name] is not None:
+            break  # the others may be waiting for what this process did not send
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
