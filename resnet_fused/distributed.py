@@ -106,6 +106,6 @@ def exchange_of(module: Any) -> Exchange | None:
     """With whom ``module``, an ``nn.SyncBatchNorm`` in training, exchanges statistics now; None: with nobody."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = module.process_group or dist.group.WORLD
+    group: Any = module.process_group or dist.group.WORLD
     # A process outside of the group is by itself, as in eager.
     return Exchange(group.group_name) if dist.get_world_size(group) > 1 else None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from resnet_fused.engine import engine, without_autocast
 from resnet_fused.distributed import Exchange
+from resnet_fused.engine import engine, without_autocast
 from resnet_fused.units import NO_CONV, Conv, Join, Norm, Unit, output_plane
 
 TENSORS_PER_UNIT = 7  # in the order of Conv and Norm

@@ -242,10 +242,6 @@ def group_norm(block):
     block.bn2 = nn.GroupNorm(2, 4)
 
 
-def synchronised(block):
-    block.bn1 = nn.SyncBatchNorm(4)
-
-
 def reflecting(block):
     block.conv1.padding_mode = "reflect"
 
@@ -256,7 +252,6 @@ def reflecting(block):
         (hooked, ["conv1", "hooks"]),
         (parametrized, ["conv2", "Parametrized"]),
         (group_norm, ["conv+bn+relu conv"]),
-        (synchronised, ["bn1", "SyncBatchNorm"]),
         (reflecting, ["conv1", "reflect"]),
     ],
 )
