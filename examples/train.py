@@ -47,6 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     how.add_argument("--fused", action="store_true", default=True, help="with resnet_fused (default)")
     how.add_argument("--eager", dest="fused", action="store_false", help="without")
     parser.add_argument("--memory", choices=["default", "minimal"], default="default", help="of a fused model")
+    parser.add_argument("--sync-bn", action="store_true", help="batch norms over the batches of all processes")
     parser.add_argument("--amp", choices=["off", "bfloat16", "float16"], default="off")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--size", type=positive, help="pixels per side (default: digits 32, folder 224)")
@@ -143,6 +144,8 @@ class Trainer:
             rf.set_memory(self.model, options.memory)
             self.say(report)
         self.trained = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
+        if options.sync_bn:  # behind DDP, which refuses them on the CPU
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.averaged = None
         if options.ema:
             average = get_ema_multi_avg_fn(options.ema)

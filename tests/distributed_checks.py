@@ -253,14 +253,15 @@ def groups():
 
 @check
 def float32_within_the_policy():
-    counts = UNEQUAL[dist.get_world_size()]
-    reference, eager = (in_one_process(counts, dtype=t, steps=1) for t in (torch.float64, torch.float32))
-    for engine in ("library", "native"):
+    for engine, images in (("library", UNEQUAL), ("native", UNEQUAL), ("native", EMPTY)):
+        counts = images[dist.get_world_size()]
+        reference, eager = (in_one_process(counts, dtype=t, steps=1) for t in (torch.float64, torch.float32))
         with rf.engine(engine):
             model = fused(sync(make(dtype=torch.float32)))
             x, weight = (t[share_of(counts)] for t in batch(sum(counts), torch.float32))
             found = train(model, model, x, weight, reduce=sum_gradients, steps=1)
-        assert_passed(compare_observations(found, eager, reference, precision=torch.float32))
+        present = {name: t for name, t in eager.items() if t.numel()}
+        assert_passed(compare_observations(found, present, reference, precision=torch.float32))
 
 
 @check
