@@ -48,6 +48,15 @@ struct StatisticsParams {
   void* statistics;  // [reduction_tiles, 3, C] acc
 };
 
+struct MergeStatisticsParams {
+  int64_t channels;
+  int64_t tiles;
+  bool double_precision;   // acc is double
+  const void* statistics;  // [tiles, 3, C] acc
+  void* workspace;         // [merge_groups(tiles), 3, C] acc
+  void* merged;            // [1, 3, C] acc
+};
+
 struct FinalizeParams {
   int64_t channels;
   int64_t tiles;
@@ -119,6 +128,18 @@ struct BackwardFinalizeParams {
   void* backward_coefficients;  // [5, C] acc
 };
 
+// Of a batch norm whose statistics are those of several processes.
+struct BackwardMergeParams {
+  int64_t channels;
+  int64_t processes;
+  int64_t rows;    // of a process: d_weight and d_bias of one or two branches, and the count
+  int64_t branch;  // rows 2*branch and 2*branch + 1
+  bool double_precision;
+  const void* gathered;         // [processes, rows, C] acc
+  const void* coefficients;     // [4, C] acc, of this branch
+  void* backward_coefficients;  // [5, C] acc: d_weight, d_bias and a are there, b and c are written
+};
+
 struct BackwardApplyParams {
   Extent extent;
   DType dtype;
@@ -151,11 +172,13 @@ struct Backend {
   int64_t (*reduction_tiles)(const Extent&);  // by shape alone
   int64_t (*merge_groups)(int64_t tiles);     // in how many groups finalize merges them first; 0: at once
   void (*statistics)(const StatisticsParams&);
+  void (*merge_statistics)(const MergeStatisticsParams&);
   void (*finalize)(const FinalizeParams&);
   void (*coefficients)(const CoefficientsParams&);
   void (*apply)(const ApplyParams&);
   void (*backward_reduce)(const BackwardReduceParams&);
   void (*backward_finalize)(const BackwardFinalizeParams&);
+  void (*backward_merge)(const BackwardMergeParams&);
   void (*backward_apply)(const BackwardApplyParams&);
   void (*relu_backward_add)(const ReluBackwardAddParams&);
 };

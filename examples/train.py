@@ -15,6 +15,7 @@ augmentation follow from the seed and the epoch alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -105,6 +106,16 @@ def build_model(name: str, classes: int) -> nn.Module:
     return models.get_model(name, num_classes=classes)
 
 
+def synchronize(model: nn.Module, name: str) -> None:
+    """Makes the batch norms in ``model`` synchronised ones, in place."""
+    if name.startswith("timm:"):  # some of timm's have an activation, which torch's conversion would drop
+        import timm
+
+        timm.layers.convert_sync_batchnorm(model)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Trainer:
     """Model, optimiser and all else that a checkpoint holds."""
 
@@ -145,7 +156,7 @@ class Trainer:
             self.say(report)
         self.trained = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         if options.sync_bn:  # behind DDP, which refuses them on the CPU
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            synchronize(self.model, options.model)
         self.averaged = None
         if options.ema:
             average = get_ema_multi_avg_fn(options.ema)
@@ -189,12 +200,13 @@ class Trainer:
         start = time.perf_counter()
         for i, batch in enumerate(islice(self.batches, self.steps * accumulate), 1):
             images, labels = self.to_device(*batch)
-            step = i % accumulate == 0
-            if dist.is_initialized():
-                self.trained.require_backward_grad_sync = step
-            with self.autocast():
-                loss = self.loss(self.trained(images), labels)
-            self.scaler.scale(loss / accumulate).backward()
+            step = i % accumulate == 0  # an epoch is whole steps, of batches of one size
+            # Before the last backward of a step gradients add up in each process, and nothing is exchanged but the
+            # statistics of synchronised batch norms.
+            with self.trained.no_sync() if dist.is_initialized() and not step else contextlib.nullcontext():
+                with self.autocast():
+                    loss = self.loss(self.trained(images), labels)
+                self.scaler.scale(loss / accumulate).backward()
             total += torch.stack([loss.detach().double() * len(labels), loss.new_tensor(len(labels)).double()])
             if step:
                 self.scaler.step(self.optimizer)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from resnet_fused import ops
+
 
 class Exchange(NamedTuple):
     """Among the processes of a group; by name, so that an operator's schema can carry it."""
@@ -33,13 +35,11 @@ class Exchange(NamedTuple):
 
     def gather(self, table: Tensor) -> Tensor:
         """``table`` ``[1, rows, C]`` of every process, in the order of ranks: ``[processes, rows, C]``."""
-        functional = torch.ops._c10d_functional
-        processes = self._resolved().size()
-        return functional.wait_tensor(functional.all_gather_into_tensor(table.contiguous(), processes, self.group))
+        return ops.all_gather(table, self._resolved().size(), self.group)
 
     def gather_statistics(self, statistics: Tensor) -> Tensor:
         """From this process's tiles ``[tiles, 3, C]`` one of each process, for :func:`resnet_fused.ops.bn_finalize`."""
-        return self.gather(merge_tiles(statistics))
+        return self.gather(ops.bn_merge_statistics(statistics))
 
     def gather_differentiably(self, table: Tensor) -> Tensor:
         """:meth:`gather` with gradients, those of every process's results, of any order."""
@@ -58,24 +58,9 @@ class Exchange(NamedTuple):
         """
         counts = tables[0].new_full((1, tables[0].shape[1]), count)
         own = torch.cat((*(table[:2] for table in tables), counts))
-        *sums, total = self.gather(own.unsqueeze(0)).double().sum(0)
-        for i, (table, forward) in enumerate(zip(tables, coefficients, strict=True)):
-            mean, invstd, scale, _ = forward.double()
-            # As in csrc: b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M.
-            b = -scale * invstd * sums[2 * i] / total
-            table[3] = b
-            table[4] = -(mean * b + scale * sums[2 * i + 1] / total)
-
-
-def merge_tiles(statistics: Tensor) -> Tensor:
-    """Tiles ``[tiles, 3, C]`` as one, ``[1, 3, C]`` (Chan, Golub & LeVeque 1979); of no values, zeros."""
-    if len(statistics) == 1:
-        return statistics
-    counts, means, m2s = statistics.double().unbind(1)
-    count = counts.sum(0)
-    mean = (counts * means).sum(0) / count.clamp(min=1)
-    m2 = (m2s + counts * (means - mean).square()).sum(0)
-    return torch.stack((count, mean, m2)).unsqueeze(0).to(statistics.dtype)
+        gathered = self.gather(own.unsqueeze(0))
+        for branch, (table, forward) in enumerate(zip(tables, coefficients, strict=True)):
+            ops.bn_backward_merge_(table, gathered, forward, branch)
 
 
 class _Gather(torch.autograd.Function):

@@ -79,6 +79,11 @@ def bn_statistics(y: Tensor) -> Tensor:
     return _ops.bn_statistics(y)
 
 
+def bn_merge_statistics(statistics: Tensor) -> Tensor:
+    """``statistics`` ``[tiles, 3, C]`` as one tile, ``[1, 3, C]``, merged as in :func:`bn_finalize`."""
+    return _ops.bn_merge_statistics(statistics) if len(statistics) != 1 else statistics
+
+
 def bn_finalize(
     statistics: Tensor,
     weight: Tensor | None,
@@ -151,6 +156,16 @@ def bn_backward_finalize(
 ) -> Tensor:
     """``backward_coefficients`` of branch 0 (``y``) or 1 (the shortcut) from the sums over ``count`` values."""
     return _ops.bn_backward_finalize(sums, coefficients, branch, count, batch_statistics)
+
+
+def bn_backward_merge_(backward_coefficients: Tensor, gathered: Tensor, coefficients: Tensor, branch: int) -> Tensor:
+    """Write b and c of ``backward_coefficients`` as they are over the values of several processes, and return it.
+
+    ``gathered`` ``[processes, 3 or 5, C]``, summed in the order of its first dimension: each process's d_weight and
+    d_bias, of one branch or two, and how many values per channel it has.
+    """
+    _ops.bn_backward_merge_(backward_coefficients, gathered, coefficients, branch)
+    return backward_coefficients
 
 
 def bn_backward_apply(
@@ -229,6 +244,13 @@ def relu_backward_add_(
     """``out += grad`` where the ReLU passed; ``out`` must be dense. The mask as in :func:`bn_backward_reduce`."""
     _ops.relu_backward_add_(out, grad, y, coefficients, shortcut, z)
     return out
+
+
+def all_gather(t: Tensor, processes: int, group: str) -> Tensor:
+    """``t`` ``[1, ...]`` of each of ``processes`` in the group of that name, in the order of their ranks:
+    ``[processes, ...]``. Without gradients; the host does not wait for a GPU."""
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_gather_into_tensor(t.contiguous(), processes, group))
 
 
 # Pixels of a plane up to which the library's 1x1 convolutions of 16-bit tensors are slower on the CPU than the same
@@ -698,6 +720,11 @@ def _(y):
     return _empty_tiles(y, 3)
 
 
+@_fake("bn_merge_statistics")
+def _(statistics):
+    return statistics.new_empty((1, *statistics.shape[1:]))
+
+
 @_fake("bn_finalize")
 def _(statistics, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps):
     return statistics.new_empty(4, statistics.shape[2])
@@ -777,6 +804,11 @@ def _(grad, y, coefficients, shortcut, shortcut_coefficients, z, relu, write_gra
 @_fake("bn_backward_finalize")
 def _(sums, coefficients, branch, count, batch_statistics):
     return sums.new_empty(5, sums.shape[2])
+
+
+@_fake("bn_backward_merge_")
+def _(backward_coefficients, gathered, coefficients, branch):
+    return None
 
 
 @_fake("bn_backward_apply")

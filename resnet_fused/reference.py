@@ -40,6 +40,14 @@ def _coefficients(mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Ten
     return torch.stack((mean, invstd, scale, shift))
 
 
+def bn_merge_statistics(statistics: Tensor) -> Tensor:
+    """One tile of all."""
+    counts, means, m2s = statistics.unbind(1)
+    count = counts.sum(0)
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    return torch.stack((count, mean, m2s.sum(0) + (counts * (means - mean).square()).sum(0))).unsqueeze(0)
+
+
 def bn_finalize(
     statistics: Tensor,
     weight: Tensor | None,
@@ -51,10 +59,7 @@ def bn_finalize(
     eps: float,
 ) -> Tensor:
     """Merge tiles, update the running statistics, return ``[4, C]``: mean, invstd, scale, shift."""
-    counts, means, m2s = statistics.unbind(1)
-    count = counts.sum(0)
-    mean = (counts * means).sum(0) / count
-    m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)
+    count, mean, m2 = bn_merge_statistics(statistics)[0]
     with torch.no_grad():
         if num_batches_tracked is not None:
             num_batches_tracked += 1
@@ -148,6 +153,15 @@ def bn_backward_finalize(
     else:
         b = c = torch.zeros_like(scale)
     return torch.stack((d_weight, d_bias, scale, b, c))
+
+
+def bn_backward_merge_(backward_coefficients: Tensor, gathered: Tensor, coefficients: Tensor, branch: int) -> Tensor:
+    """b and c over the values of several processes."""
+    mean, invstd, scale, _ = coefficients
+    d_weight, d_bias, count = gathered.sum(0)[[2 * branch, 2 * branch + 1, -1]]
+    backward_coefficients[3] = -scale * invstd * d_weight / count
+    backward_coefficients[4] = scale * (mean * invstd * d_weight - d_bias) / count
+    return backward_coefficients
 
 
 def bn_backward_apply(

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fused as rf
 from resnet_fused.distributed import Exchange
+from resnet_fused.planner import decide
 from resnet_fused.testing import assert_passed, compare_observations
 
 CHECKS = {}
@@ -109,10 +111,10 @@ def train(model, run, x, weight, scale=1, reduce=lambda model: None, steps=2):
     return seen | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
 
 
-def in_one_process(counts, norm=nn.BatchNorm2d, dtype=torch.float64, share=None, **options):
-    """What eager execution of the whole batch gives, cut to this process's share."""
+def in_one_process(counts, norm=nn.BatchNorm2d, dtype=torch.float64, share=None, around=lambda run: run, **options):
+    """What eager execution of the whole batch gives, cut to this process's share. ``around``: how a model is called."""
     model, share = make(norm, dtype), share_of(counts) if share is None else share
-    seen = train(model, model, *batch(sum(counts), dtype), **options)
+    seen = train(model, around(model), *batch(sum(counts), dtype), **options)
     return {k: v[share] if k.startswith(("output", "gradient of x")) else v for k, v in seen.items()}
 
 
@@ -296,16 +298,105 @@ def compiled():
 
 
 @check
-def too_few_values():
-    """One value in all processes together has no variance."""
-    x = torch.ones(int(dist.get_rank() == 0), 3, 1, 1)
-    block = rf.ConvBNAct2d(3, 4, 1, norm_layer=nn.SyncBatchNorm)
+def checkpointed():
+    """Forward runs again in backward, and the exchange with it, in all processes."""
+
+    def around(run):
+        return functools.partial(checkpoint, run, use_reentrant=False)
+
+    counts = UNEQUAL[dist.get_world_size()]
+    x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
+    model = fused(sync(make()))
+    found = train(model, around(model), x, weight, reduce=sum_gradients)
+    assert_close(found, in_one_process(counts, around=around))
+
+
+@check
+def engines_that_differ_between_processes():
+    """What is native depends on a process's own shapes; what is exchanged, and in which order, does not."""
+    counts = UNEQUAL[dist.get_world_size()]
+    reference, eager = (in_one_process(counts, dtype=t, steps=1) for t in (torch.float64, torch.float32))
+    model = fused(sync(make(dtype=torch.float32)))
+    x, weight = (t[share_of(counts)] for t in batch(sum(counts), torch.float32))
+    with rf.engine("native" if dist.get_rank() else "library"):
+        found = train(model, model, x, weight, reduce=sum_gradients, steps=1)
+    assert_passed(compare_observations(found, eager, reference, precision=torch.float32))
+    assert_same_bits({k: v for k, v in found.items() if k.startswith(("parameter", "buffer"))})
+
+
+@check
+def fsdp2_before_fuse():
+    def shard_first(model):
+        sync(model.to(memory_format=torch.contiguous_format))
+        for child in (model.basic, model.bottleneck, model):
+            fully_shard(child)
+        return fused(model)
+
+    equals_one_process(UNEQUAL[dist.get_world_size()], wrap=shard_first)
+
+
+@check
+def fsdp2_runs_fused():
+    model = fsdp(make())
+    with decide.recording() as calls:
+        model(batch(2)[0])
+    assert len(calls) == 4, "the stem, two blocks and the batch norm at the end"
+
+
+def raises(error, match, function, *args):
     try:
-        block(x)
-    except ValueError as error:
-        assert "got 1 in all processes" in str(error)
+        function(*args)
+    except error as e:
+        assert match in str(e), e
     else:
-        raise AssertionError("no error")
+        raise AssertionError(f"no {error.__name__}: {match}")
+
+
+@check
+def too_few_values():
+    """One value in all processes together has no variance; one in each has."""
+    block = rf.ConvBNAct2d(3, 4, 1, norm_layer=nn.SyncBatchNorm)
+    x = torch.ones(int(dist.get_rank() == 0), 3, 1, 1)
+    raises(ValueError, "got 1 in all processes", block, x)
+    assert block(torch.ones(1, 3, 1, 1)).shape == (1, 4, 1, 1)
+
+
+@check
+def batches_of_gradients():
+    block = rf.ConvBNAct2d(3, 4, 1, norm_layer=nn.SyncBatchNorm)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    z = block(x)
+    grads = torch.ones(5, *z.shape)
+    raises(NotImplementedError, "is_grads_batched",
+           functools.partial(torch.autograd.grad, z, x, grads, is_grads_batched=True))  # fmt: skip
+
+
+@check
+def outside_of_the_group():
+    """By itself, as in eager."""
+    group = dist.new_group([0])
+    if dist.get_rank() != 0:
+        assert group is dist.GroupMember.NON_GROUP_MEMBER
+    model = fused(sync(make(), group))
+    with gathered() as seen:
+        found = model(batch(2)[0])
+    assert not seen
+    assert_close({"": found}, {"": make()(batch(2)[0])})
+
+
+@check
+def a_group_that_is_gone():
+    group = dist.new_group(list(range(dist.get_world_size())))
+    model = fused(sync(make(), group))
+    x = batch(2)[0]
+    model(x)
+    dist.destroy_process_group(group)
+    raises(RuntimeError, "process_group: expected a group of this process", model, x)
+
+
+@check
+def torch_refuses_it_unfused():
+    raises(ValueError, "SyncBatchNorm expected input tensor to be on GPU", sync(make()), batch(2)[0])
 
 
 def main(folder, store, rank, world):

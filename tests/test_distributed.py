@@ -17,7 +17,6 @@ from scripts import environment
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.distributed import merge_tiles
 
 SCRIPT = Path(distributed_checks.__file__)
 
@@ -81,12 +80,3 @@ def test_without_a_process_group(training):
         nn.SyncBatchNorm.convert_sync_batchnorm(block)
     assert type(block.bn1) is nn.SyncBatchNorm
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_tiles_of_one_process():
-    """One tile of many, some of them empty, is that of all values; of none it is zero."""
-    torch.manual_seed(0)
-    y = torch.randn(9, 3, 2, 2, dtype=torch.float64) + 100
-    parts = [rf.reference.bn_statistics(part) for part in y.split([2, 0, 1, 6, 0])]
-    torch.testing.assert_close(merge_tiles(torch.cat(parts)), rf.reference.bn_statistics(y), rtol=1e-12, atol=0)
-    assert torch.equal(merge_tiles(torch.cat(parts[1::3])), torch.zeros(1, 3, 3, dtype=torch.float64))

@@ -160,6 +160,11 @@ def test_any_number_of_tiles(kernels, dtype, tiles):
     actual = kernels.bn_finalize(statistics, None, None, None, None, None, 0.1, 1e-3)
     expected = reference.bn_finalize(statistics.double(), None, None, None, None, None, 0.1, 1e-3)
     assert_near(actual, expected, dtype)
+    actual = kernels.bn_merge_statistics(statistics)
+    assert actual.shape == (1, 3, channels)
+    assert_near(actual, reference.bn_merge_statistics(statistics.double()), dtype)
+
+    assert not kernels.bn_merge_statistics(torch.zeros(tiles, 3, channels, dtype=dtype)).any()
 
     table = torch.rand(4, channels, dtype=dtype)
     for branch in (0, 1):
@@ -167,6 +172,48 @@ def test_any_number_of_tiles(kernels, dtype, tiles):
         actual = kernels.bn_backward_finalize(sums, table, branch, 1000, True)
         expected = reference.bn_backward_finalize(sums.double(), table.double(), branch, 1000, True)
         assert_near(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("processes", [1, 3, 70])
+def test_sums_of_several_processes(kernels, dtype, processes):
+    channels = 37
+    coefficients = torch.rand(4, channels, dtype=dtype)
+    for branches in (1, 2):
+        gathered = torch.randn(processes, 2 * branches + 1, channels, dtype=dtype)
+        gathered[:, -1] = torch.randint(0, 3, (processes, 1))  # some of them have no values
+        gathered[-1, -1] = 7
+        for branch in range(branches):
+            own = torch.randn(5, channels, dtype=dtype)
+            actual = kernels.bn_backward_merge_(own.clone(), gathered, coefficients, branch)
+            expected = reference.bn_backward_merge_(own.double(), gathered.double(), coefficients.double(), branch)
+            assert torch.equal(actual[:3], own[:3])  # gradients of gamma and beta are a process's own
+            assert_near(actual[3:], expected[3:], dtype)
+
+
+def test_parts_of_a_batch_merge_to_the_whole(kernels):
+    """What processes exchange, computed here by one: of unequal parts, of which one is empty."""
+    y, grad = activations((7, 20, 9, 5), torch.float32, torch.channels_last, 2)
+    parts = [(y[a:b], grad[a:b]) for a, b in ((0, 4), (4, 4), (4, 5), (5, 7))]
+    weight, bias = torch.rand(20), torch.randn(20)
+
+    def backward(y, grad, coefficients):
+        _, sums, _ = kernels.bn_backward_reduce(grad, y, coefficients, relu=True)
+        return kernels.bn_backward_finalize(sums, coefficients, 0, max(len(y) * 45, 1), True)
+
+    merged = [kernels.bn_merge_statistics(kernels.bn_statistics(part)) for part, _ in parts]
+    found, whole = (
+        kernels.bn_finalize(statistics, weight, bias, torch.ones(20), torch.ones(20), torch.tensor(3), None, 1e-5)
+        for statistics in (torch.cat(merged), kernels.bn_statistics(y))
+    )
+    assert_near(found, whole.double(), torch.float32)
+    own = [backward(*part, found) for part in parts]
+    counts = [torch.full((1, 20), float(len(part) * 45)) for part, _ in parts]
+    gathered = torch.stack([torch.cat((b[:2], count)) for b, count in zip(own, counts, strict=True)])
+    expected = backward(y, grad, found)
+    for b in own:
+        assert_near(kernels.bn_backward_merge_(b, gathered, found, 0)[2:], expected[2:].double(), torch.float32)
+    assert_near(gathered[:, :2].sum(0), expected[:2].double(), torch.float32)
 
 
 def test_coefficients(kernels):
@@ -378,12 +425,14 @@ def samples(grad_layout):
     weight, bias, mean, var = torch.rand(6), torch.rand(6), torch.rand(6), torch.rand(6)
     return {
         "bn_statistics": (y,),
+        "bn_merge_statistics": (ops.bn_statistics(y).repeat(3, 1, 1),),
         "bn_finalize": (ops.bn_statistics(y), weight, bias, mean, var, torch.tensor(3), 0.1, 1e-5),
         "bn_coefficients": (mean, var, weight, bias, 1e-5, torch.float32),
         "bn_apply": (y, coefficients, s, other, True),
         "bn_backward_reduce": (grad, y, coefficients, s, None, z, True, True),
         "bn_backward_reduce, activation": (grad, y, coefficients, None, None, None, True, False, True),
         "bn_backward_finalize": (sums, coefficients, 0, 40, True),
+        "bn_backward_merge_": (backward.clone(), torch.rand(2, 3, 6), coefficients, 0),
         "bn_backward_apply": (grad, y, coefficients, backward, s, z, True, True),
         "bn_backward_apply_": (grad.clone(), y, coefficients, backward, s, None, True, True),
         "bn_backward_apply_pair": (grad, y, coefficients, backward, s, other, second, True, True, False),
@@ -466,6 +515,23 @@ TABLE = torch.ones(4, 3)
             lambda: ops.bn_backward_finalize(torch.ones(1, 2, 3), TABLE, 1, 4, True),
             ValueError,
             "branch: expected 0 to 0, got 1",
+        ),
+        (lambda: ops.bn_merge_statistics(torch.ones(2, 4, 3)), ValueError, r"statistics: expected shape \[tiles, 3, C"),
+        (lambda: ops.bn_merge_statistics(torch.ones(2, 3, 3).int()), TypeError, "statistics: expected float32 or floa"),
+        (
+            lambda: ops.bn_backward_merge_(torch.ones(5, 3), torch.ones(2, 4, 3), TABLE, 0),
+            ValueError,
+            r"gathered: expected shape \[processes, 3 or 5, C\], got \[2, 4, 3\]",
+        ),
+        (
+            lambda: ops.bn_backward_merge_(torch.ones(5, 3), torch.ones(2, 3, 3), TABLE, 1),
+            ValueError,
+            "branch: expected 0 to 0, got 1",
+        ),
+        (
+            lambda: ops.bn_backward_merge_(torch.ones(5, 2), torch.ones(2, 3, 3), TABLE, 0),
+            ValueError,
+            r"backward_coefficients: expected shape \[5, 3\]",
         ),
         (
             lambda: ops.bn_backward_apply_(Y[:, :, :, ::2], Y[:, :, :, ::2], TABLE, torch.ones(5, 3)),

@@ -91,7 +91,7 @@ def test_killed_and_resumed_is_uninterrupted(train, tmp_path):
 @pytest.mark.slow(reason="three runs of two processes, each of which imports torch")
 def test_two_processes_killed_and_resumed(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    options = [*SMALL, "--ema", "0.9", "--accumulate", "2", "--resume"]
+    options = [*SMALL, "--ema", "0.9", "--accumulate", "2", "--sync-bn", "--resume"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(launcher, [*options, "--output", whole])
     kill_after_one_epoch(launcher, [*options, "--output", killed], killed)

@@ -76,15 +76,34 @@ Tensor bn_statistics(const Tensor& y) {
   return statistics;
 }
 
+// [tiles, rows, C] acc
+void check_tiles(const Tensor& tiles, const char* name) {
+  TORCH_CHECK_TYPE(tiles.scalar_type() == at::kFloat || tiles.scalar_type() == at::kDouble, name,
+                   ": expected float32 or float64, got ", tiles.scalar_type());
+  TORCH_CHECK_VALUE(tiles.is_contiguous(), name, ": expected a contiguous tensor, got strides ", tiles.strides());
+}
+
+void check_statistics(const Tensor& statistics) {
+  TORCH_CHECK_VALUE(statistics.dim() == 3 && statistics.size(1) == kStatisticsRows,
+                    "statistics: expected shape [tiles, 3, C], got ", statistics.sizes());
+  check_tiles(statistics, "statistics");
+}
+
+Tensor bn_merge_statistics(const Tensor& statistics) {
+  check_statistics(statistics);
+  const int64_t channels = statistics.size(2);
+  Tensor merged = at::empty({1, kStatisticsRows, channels}, statistics.options());
+  const Tensor workspace = merge_workspace(statistics, kStatisticsRows, statistics.scalar_type());
+  on_device_of(statistics)
+      ->merge_statistics({channels, statistics.size(0), statistics.scalar_type() == at::kDouble,
+                          statistics.const_data_ptr(), workspace.data_ptr(), merged.data_ptr()});
+  return merged;
+}
+
 Tensor bn_finalize(const Tensor& statistics, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
-  TORCH_CHECK_VALUE(statistics.dim() == 3 && statistics.size(1) == kStatisticsRows,
-                    "statistics: expected shape [tiles, 3, C], got ", statistics.sizes());
-  TORCH_CHECK_TYPE(statistics.scalar_type() == at::kFloat || statistics.scalar_type() == at::kDouble,
-                   "statistics: expected float32 or float64, got ", statistics.scalar_type());
-  TORCH_CHECK_VALUE(statistics.is_contiguous(), "statistics: expected a contiguous tensor, got strides ",
-                    statistics.strides());
+  check_statistics(statistics);
   TORCH_CHECK_VALUE(eps >= 0, "eps: expected a number >= 0, got ", eps);
   TORCH_CHECK_VALUE(given(running_mean) == given(running_var), "running_mean, running_var: expected both or neither");
   if (given(num_batches_tracked)) {
@@ -193,9 +212,7 @@ Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int6
                             bool batch_statistics) {
   TORCH_CHECK_VALUE(sums.dim() == 3 && (sums.size(1) == 2 || sums.size(1) == 3),
                     "sums: expected shape [tiles, 2 or 3, C], got ", sums.sizes());
-  TORCH_CHECK_TYPE(sums.scalar_type() == at::kFloat || sums.scalar_type() == at::kDouble,
-                   "sums: expected float32 or float64, got ", sums.scalar_type());
-  TORCH_CHECK_VALUE(sums.is_contiguous(), "sums: expected a contiguous tensor, got strides ", sums.strides());
+  check_tiles(sums, "sums");
   TORCH_CHECK_VALUE(branch >= 0 && branch + 2 <= sums.size(1), "branch: expected 0 to ", sums.size(1) - 2, ", got ",
                     branch);
   TORCH_CHECK_VALUE(count > 0 || !batch_statistics, "count: expected a positive number of values per channel, got ",
@@ -208,6 +225,22 @@ Tensor bn_backward_finalize(const Tensor& sums, const Tensor& coefficients, int6
                                          sums.scalar_type() == at::kDouble, sums.const_data_ptr(),
                                          coefficients.const_data_ptr(), workspace.data_ptr<double>(), out.data_ptr()});
   return out;
+}
+
+void bn_backward_merge_(const Tensor& backward_coefficients, const Tensor& gathered, const Tensor& coefficients,
+                        int64_t branch) {
+  TORCH_CHECK_VALUE(gathered.dim() == 3 && (gathered.size(1) == 3 || gathered.size(1) == 5),
+                    "gathered: expected shape [processes, 3 or 5, C], got ", gathered.sizes());
+  check_tiles(gathered, "gathered");
+  TORCH_CHECK_VALUE(branch >= 0 && 2 * branch + 3 <= gathered.size(1), "branch: expected 0 to ",
+                    (gathered.size(1) - 3) / 2, ", got ", branch);
+  const int64_t channels = gathered.size(2);
+  const auto acc = gathered.scalar_type();
+  check_table(coefficients, "coefficients", kCoefficientRows, channels, acc, gathered);
+  check_table(backward_coefficients, "backward_coefficients", kBackwardRows, channels, acc, gathered);
+  on_device_of(gathered)->backward_merge({channels, gathered.size(0), gathered.size(1), branch, acc == at::kDouble,
+                                          gathered.const_data_ptr(), coefficients.const_data_ptr(),
+                                          backward_coefficients.data_ptr()});
 }
 
 // grad: already in dense's layout; grad_y may be the same tensor.
@@ -320,11 +353,13 @@ void relu_backward_add_(const Tensor& out, const Tensor& grad, const Tensor& y, 
 
 void register_kernels(torch::Library& m) {
   m.impl("bn_statistics", bn_statistics);
+  m.impl("bn_merge_statistics", bn_merge_statistics);
   m.impl("bn_finalize", bn_finalize);
   m.impl("bn_coefficients", bn_coefficients);
   m.impl("bn_apply", bn_apply);
   m.impl("bn_backward_reduce", bn_backward_reduce);
   m.impl("bn_backward_finalize", bn_backward_finalize);
+  m.impl("bn_backward_merge_", bn_backward_merge_);
   m.impl("bn_backward_apply", bn_backward_apply);
   m.impl("bn_backward_apply_", bn_backward_apply_);
   m.impl("bn_backward_apply_pair", bn_backward_apply_pair);
@@ -339,9 +374,9 @@ TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_kernels(m); }
 // The vocabulary has no derivative of its own (resnet_fused/autograd.py differentiates whole blocks); asking for
 // one is an error rather than a silent None.
 TORCH_LIBRARY_IMPL(resnet_fused, Autograd, m) {
-  for (const char* name :
-       {"bn_statistics", "bn_finalize", "bn_coefficients", "bn_apply", "bn_backward_reduce", "bn_backward_finalize",
-        "bn_backward_apply", "bn_backward_apply_", "bn_backward_apply_pair", "relu_backward_add_"}) {
+  for (const char* name : {"bn_statistics", "bn_merge_statistics", "bn_finalize", "bn_coefficients", "bn_apply",
+                           "bn_backward_reduce", "bn_backward_finalize", "bn_backward_merge_", "bn_backward_apply",
+                           "bn_backward_apply_", "bn_backward_apply_pair", "relu_backward_add_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -10,6 +10,7 @@
 
 TORCH_LIBRARY(resnet_fused, m) {
   m.def("bn_statistics(Tensor y) -> Tensor");
+  m.def("bn_merge_statistics(Tensor statistics) -> Tensor");
   m.def(
       "bn_finalize(Tensor statistics, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> Tensor");
@@ -26,6 +27,7 @@ TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "bn_backward_finalize(Tensor sums, Tensor coefficients, int branch, int count, bool batch_statistics) "
       "-> Tensor");
+  m.def("bn_backward_merge_(Tensor(a!) backward_coefficients, Tensor gathered, Tensor coefficients, int branch) -> ()");
   m.def(
       "bn_backward_apply(Tensor grad, Tensor y, Tensor coefficients, Tensor backward_coefficients, "
       "Tensor? shortcut, Tensor? z, bool relu, bool batch_statistics) -> Tensor");

@@ -121,6 +121,19 @@ Moments merge_tiles(const void* statistics, int64_t tiles, int64_t channels, int
 int64_t merged_tiles(const Extent&) { return 1; }
 int64_t no_groups(int64_t) { return 0; }
 
+void merge_statistics(const MergeStatisticsParams& p) {
+  with_acc(p.double_precision, [&](auto zero) {
+    using Acc = decltype(zero);
+    Acc* out = static_cast<Acc*>(p.merged);
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const Moments m = merge_tiles<Acc>(p.statistics, p.tiles, p.channels, c);
+      out[kCount * p.channels + c] = static_cast<Acc>(m.count);
+      out[kTileMean * p.channels + c] = static_cast<Acc>(m.mean);
+      out[kM2 * p.channels + c] = static_cast<Acc>(m.m2);
+    }
+  });
+}
+
 void statistics(const StatisticsParams& p) {
   with_acc(p.dtype == DType::Float64, [&](auto zero) {
     using Acc = decltype(zero);
@@ -128,13 +141,7 @@ void statistics(const StatisticsParams& p) {
     const int64_t tiles = reduction_grid(p.extent).tiles;
     std::vector<Acc> partials(tiles * kStatisticsRows * channels);
     for_reduction(p, partials.data(), kernels().statistics);
-    Acc* out = static_cast<Acc*>(p.statistics);
-    for (int64_t c = 0; c < channels; ++c) {
-      const Moments m = merge_tiles<Acc>(partials.data(), tiles, channels, c);
-      out[kCount * channels + c] = static_cast<Acc>(m.count);
-      out[kTileMean * channels + c] = static_cast<Acc>(m.mean);
-      out[kM2 * channels + c] = static_cast<Acc>(m.m2);
-    }
+    merge_statistics({channels, tiles, p.dtype == DType::Float64, partials.data(), nullptr, p.statistics});
   });
 }
 
@@ -228,6 +235,29 @@ void backward_finalize(const BackwardFinalizeParams& p) {
   });
 }
 
+// b and c as in backward_finalize, over the values of all processes.
+void backward_merge(const BackwardMergeParams& p) {
+  with_acc(p.double_precision, [&](auto zero) {
+    using Acc = decltype(zero);
+    const int64_t channels = p.channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      double grad_weight = 0, grad_bias = 0, count = 0;
+      for (int64_t i = 0; i < p.processes; ++i) {
+        const Acc* of_process = static_cast<const Acc*>(p.gathered) + i * p.rows * channels + c;
+        grad_weight += of_process[2 * p.branch * channels];
+        grad_bias += of_process[(2 * p.branch + 1) * channels];
+        count += of_process[(p.rows - 1) * channels];
+      }
+      const Acc* forward = static_cast<const Acc*>(p.coefficients) + c;
+      const double invstd = forward[kInvstd * channels];
+      const double per_value = forward[kScale * channels] / count;
+      Acc* out = static_cast<Acc*>(p.backward_coefficients) + c;
+      out[kB * channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
+      out[kC * channels] = static_cast<Acc>(per_value * (forward[kMean * channels] * invstd * grad_weight - grad_bias));
+    }
+  });
+}
+
 void backward_apply(const BackwardApplyParams& p) { for_slices(p, kernels().backward_apply); }
 
 void relu_backward_add(const ReluBackwardAddParams& p) { for_slices(p, kernels().relu_backward_add); }
@@ -246,8 +276,9 @@ namespace resnet_fused {
 
 const Backend& cpu_backend() {
   static const Backend backend = {
-      cpu::merged_tiles, cpu::no_groups,       cpu::statistics,        cpu::finalize,       cpu::coefficients,
-      cpu::apply,        cpu::backward_reduce, cpu::backward_finalize, cpu::backward_apply, cpu::relu_backward_add,
+      cpu::merged_tiles,      cpu::no_groups,      cpu::statistics,     cpu::merge_statistics,
+      cpu::finalize,          cpu::coefficients,   cpu::apply,          cpu::backward_reduce,
+      cpu::backward_finalize, cpu::backward_merge, cpu::backward_apply, cpu::relu_backward_add,
   };
   return backend;
 }

@@ -107,11 +107,13 @@ const Backend* cuda_backend() {
       cuda::reduction_tiles,
       cuda::merge_groups,
       cuda::on_current_stream<cuda::statistics, StatisticsParams>,
+      cuda::on_current_stream<cuda::merge_statistics, MergeStatisticsParams>,
       cuda::on_current_stream<cuda::finalize, FinalizeParams>,
       cuda::on_current_stream<cuda::coefficients, CoefficientsParams>,
       cuda::on_current_stream<cuda::apply, ApplyParams>,
       cuda::on_current_stream<cuda::backward_reduce, BackwardReduceParams>,
       cuda::on_current_stream<cuda::backward_finalize, BackwardFinalizeParams>,
+      cuda::on_current_stream<cuda::backward_merge, BackwardMergeParams>,
       cuda::on_current_stream<cuda::backward_apply, BackwardApplyParams>,
       cuda::on_current_stream<cuda::relu_backward_add, ReluBackwardAddParams>,
   };

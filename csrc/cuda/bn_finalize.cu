@@ -68,8 +68,7 @@ __device__ Part merge_tiles(int64_t begin, int64_t end, Tile tile) {
 }
 
 template <class Acc>
-__device__ Moments<Acc> merge_statistics(const void* statistics, int64_t channels, int64_t c, int64_t begin,
-                                         int64_t end) {
+__device__ Moments<Acc> merge_moments(const void* statistics, int64_t channels, int64_t c, int64_t begin, int64_t end) {
   return merge_tiles<Moments<Acc>>(begin, end, [=](int64_t t) -> Moments<Acc> {
     const Acc* tile = static_cast<const Acc*>(statistics) + t * kStatisticsRows * channels + c;
     return {tile[kCount * channels], tile[kTileMean * channels], tile[kM2 * channels]};
@@ -99,15 +98,16 @@ __device__ BackwardSums merge_sums(const void* sums, int64_t rows, int64_t produ
 __device__ int64_t group_begin(int64_t tiles, int64_t group) { return tiles * group / gridDim.y; }
 
 template <class Acc>
-__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) group_statistics(const FinalizeParams p) {
+__global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
+    group_statistics(const void* statistics, int64_t tiles, int64_t channels, void* groups) {
   const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
-  const int64_t end = c < p.channels ? group_begin(p.tiles, blockIdx.y + 1) : 0;
-  const auto total = merge_statistics<Acc>(p.statistics, p.channels, c, group_begin(p.tiles, blockIdx.y), end);
-  if (threadIdx.y != 0 || c >= p.channels) return;
-  Acc* out = static_cast<Acc*>(p.workspace) + blockIdx.y * kStatisticsRows * p.channels + c;
-  out[kCount * p.channels] = total.count;
-  out[kTileMean * p.channels] = total.mean;
-  out[kM2 * p.channels] = total.m2;
+  const int64_t end = c < channels ? group_begin(tiles, blockIdx.y + 1) : 0;
+  const auto total = merge_moments<Acc>(statistics, channels, c, group_begin(tiles, blockIdx.y), end);
+  if (threadIdx.y != 0 || c >= channels) return;
+  Acc* out = static_cast<Acc*>(groups) + blockIdx.y * kStatisticsRows * channels + c;
+  out[kCount * channels] = total.count;
+  out[kTileMean * channels] = total.mean;
+  out[kM2 * channels] = total.m2;
 }
 
 template <class Acc>
@@ -137,7 +137,7 @@ __global__ void increment(int64_t* counter) { ++*counter; }
 template <class Acc>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks) finalize_channels(const FinalizeParams p) {
   const int64_t c = int64_t{blockIdx.x} * kWarpThreads + threadIdx.x;
-  const auto total = merge_statistics<Acc>(p.statistics, p.channels, c, 0, c < p.channels ? p.tiles : 0);
+  const auto total = merge_moments<Acc>(p.statistics, p.channels, c, 0, c < p.channels ? p.tiles : 0);
   if (threadIdx.y != 0 || c >= p.channels) return;
 
   const double mean = total.mean, m2 = total.m2, count = total.count;
@@ -190,6 +190,27 @@ __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
   out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - total.grad));
 }
 
+// b and c as in backward_finalize_channels, over the values of all processes, in the order of their ranks.
+template <class Acc>
+__global__ void backward_merge_channels(const BackwardMergeParams p) {
+  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (c >= p.channels) return;
+  double grad_weight = 0, grad_bias = 0, count = 0;
+  for (int64_t i = 0; i < p.processes; ++i) {
+    const Acc* of_process = static_cast<const Acc*>(p.gathered) + i * p.rows * p.channels + c;
+    grad_weight += of_process[2 * p.branch * p.channels];
+    grad_bias += of_process[(2 * p.branch + 1) * p.channels];
+    count += of_process[(p.rows - 1) * p.channels];
+  }
+  const auto* forward = static_cast<const Acc*>(p.coefficients) + c;
+  const double mean = forward[kMean * p.channels];
+  const double invstd = forward[kInvstd * p.channels];
+  const double per_value = forward[kScale * p.channels] / count;
+  auto* out = static_cast<Acc*>(p.backward_coefficients) + c;
+  out[kB * p.channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
+  out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - grad_bias));
+}
+
 dim3 blocks_of(int64_t channels, int64_t groups = 1) {
   return dim3(static_cast<unsigned>(ceil_div(channels, kWarpThreads)), static_cast<unsigned>(groups));
 }
@@ -197,9 +218,22 @@ dim3 blocks_of(int64_t channels, int64_t groups = 1) {
 constexpr dim3 kBlock(kWarpThreads, kLanes);
 
 template <class Acc>
+cudaError_t launch_merge_statistics(MergeStatisticsParams p, cudaStream_t stream) {
+  if (const int64_t groups = merge_groups(p.tiles)) {
+    group_statistics<Acc>
+        <<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.workspace);
+    p.statistics = p.workspace;
+    p.tiles = groups;
+  }
+  group_statistics<Acc><<<blocks_of(p.channels), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.merged);
+  return cudaGetLastError();
+}
+
+template <class Acc>
 cudaError_t launch_finalize(FinalizeParams p, cudaStream_t stream) {
   if (const int64_t groups = merge_groups(p.tiles)) {
-    group_statistics<Acc><<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p);
+    group_statistics<Acc>
+        <<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.workspace);
     p.statistics = p.workspace;
     p.tiles = groups;
   }
@@ -224,6 +258,10 @@ cudaError_t launch_backward_finalize(BackwardFinalizeParams p, cudaStream_t stre
 
 }  // namespace
 
+cudaError_t merge_statistics(const MergeStatisticsParams& p, cudaStream_t stream) {
+  return p.double_precision ? launch_merge_statistics<double>(p, stream) : launch_merge_statistics<float>(p, stream);
+}
+
 cudaError_t finalize(const FinalizeParams& p, cudaStream_t stream) {
   // The cumulative average needs the new count in every block.
   if (p.num_batches_tracked && p.momentum < 0) increment<<<1, 1, 0, stream>>>(p.num_batches_tracked);
@@ -238,6 +276,12 @@ cudaError_t coefficients(const CoefficientsParams& p, cudaStream_t stream) {
 
 cudaError_t backward_finalize(const BackwardFinalizeParams& p, cudaStream_t stream) {
   return p.double_precision ? launch_backward_finalize<double>(p, stream) : launch_backward_finalize<float>(p, stream);
+}
+
+cudaError_t backward_merge(const BackwardMergeParams& p, cudaStream_t stream) {
+  const auto kernel = p.double_precision ? backward_merge_channels<double> : backward_merge_channels<float>;
+  kernel<<<blocks_of(p.channels), kWarpThreads, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace resnet_fused::cuda

@@ -14,11 +14,13 @@
 namespace resnet_fused::cuda {
 
 cudaError_t statistics(const StatisticsParams& p, cudaStream_t stream);
+cudaError_t merge_statistics(const MergeStatisticsParams& p, cudaStream_t stream);
 cudaError_t finalize(const FinalizeParams& p, cudaStream_t stream);
 cudaError_t coefficients(const CoefficientsParams& p, cudaStream_t stream);
 cudaError_t apply(const ApplyParams& p, cudaStream_t stream);
 cudaError_t backward_reduce(const BackwardReduceParams& p, cudaStream_t stream);
 cudaError_t backward_finalize(const BackwardFinalizeParams& p, cudaStream_t stream);
+cudaError_t backward_merge(const BackwardMergeParams& p, cudaStream_t stream);
 cudaError_t backward_apply(const BackwardApplyParams& p, cudaStream_t stream);
 cudaError_t relu_backward_add(const ReluBackwardAddParams& p, cudaStream_t stream);
 
