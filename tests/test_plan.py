@@ -289,6 +289,13 @@ def test_first_use_is_measured_once(how, measured, ran, monkeypatch):
     assert len(measured) == 2
 
 
+def test_a_file_alone_is_followed(measured, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_PLAN", "file")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    basic_block()(images())
+    assert not measured
+
+
 def test_a_decision_stays(measured, ran, monkeypatch):
     """What ran by the shipped table goes on so, whatever is switched on later; an explicit plan replaces it."""
     model, x = basic_block(), images()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.execution import PoolCall, pool_by_functional, pool_by_torch, run_block
+from resnet_fused.planner import decide
+from resnet_fused.surgery.execution import COMPOSED, PoolCall, pool_by_functional, pool_by_torch, run_block
 from resnet_fused.surgery.layers import normalises_and_activates
 from resnet_fused.surgery.recording import record
 from resnet_fused.surgery.runs import Finder, Run
@@ -43,18 +44,36 @@ class RunCall:
         self.join, self.projection, self.behind = run.join, run.projection, run.behind
         self.run = run
         self._steps: Callable | None = None
+        self._composed: tuple | None = None  # the circumstances in which a plan said so last
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
+        if self._composed is not None and not torch.compiler.is_compiling():
+            if self._composed == self._circumstances(x):
+                return self.step_by_step(module, x, shortcut)
         joins_tensor = self.join is Join.TENSOR
         added = x if self.join is Join.IDENTITY else shortcut if joins_tensor else self.projection
         z = None
         if added is not None or not joins_tensor:  # whatever adds None, eager says what becomes of it
             z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
-        if z is None:
+        if z is COMPOSED:
+            self._composed = self._circumstances(x)
+        if z is None or z is COMPOSED:
             return self.step_by_step(module, x, shortcut)
         for m in self.behind:
             z = m(z)
         return z
+
+    def _circumstances(self, x: Any) -> tuple | None:
+        """All that a plan's choice depends on, or None; where that was eager, it need not be asked for again."""
+        if type(x) is not Tensor or (around := decide.circumstances(x)) is None:
+            return None
+        own: list[Any] = [self.memory]
+        for layer in self.run.layers:
+            own.append(layer.training)
+            for p in layer._parameters.values():
+                if p is not None:
+                    own += p.dtype, p.stride(), p.requires_grad
+        return (*around, *own)
 
     def step_by_step(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
         """What the module does itself."""
