@@ -147,9 +147,9 @@ def choices(
 def circumstances(x: Tensor) -> tuple | None:
     """All but the block itself that the answer of :func:`choices` for ``x`` depends on, in a tenth of a key's time.
 
-    None where it has to be asked: while calls are recorded, and under engines that plans have no say in.
+    None where it has to be asked: of a subclass, while calls are recorded, and under engines that plans have no say in.
     """
-    if _recorder.get() is not None or current_engine() != "auto":
+    if type(x) is not Tensor or _recorder.get() is not None or current_engine() != "auto":
         return None
     device = x.device
     kind = device.type
