@@ -8,7 +8,7 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -208,6 +208,12 @@ def compiled_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], obje
     return step
 
 
+def contiguous_step(module: nn.Module, x: Tensor, case: Case) -> Callable[[], object]:
+    """`make_step` of a copy of ``module`` that is eager in the contiguous layout."""
+    case = replace(case, layout=torch.contiguous_format)
+    return make_step(enter("eager", copy.deepcopy(module), case), x.contiguous(), case)
+
+
 def verify(
     modules: dict[str, nn.Module], x: Tensor, draw: Callable[[int], Tensor], case: Case
 ) -> tuple[Check, dict[str, float]]:
@@ -251,6 +257,8 @@ class Job:
             self.make_plans(modules["fused"], x)
         verdict, kept = verify(modules, x, self.draw, case)
         steps = {name: on_engine(ENGINES[name], make_step(modules[name], x, case)) for name in racing}
+        if case.is_network and x.is_cuda:  # where users have either layout
+            steps["contiguous"] = contiguous_step(self.module, x, case)
         absent = {}
         if self.compile:
             try:

@@ -30,6 +30,7 @@ from benchmarks.timing import Race, Spread
 # Contestants as they are listed, each with its colour and its mark in plots.
 STYLES = {
     "eager": ("#9aa5b1", "|"),
+    "contiguous": ("#5c6773", "v"),
     "fused": ("#4f8fe6", "|"),
     "minimal": ("#2da44e", "s"),
     "fold": ("#14746f", "^"),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import block, block_backward, compiled, eager, inference, reference
+from resnet_fused import block, block_backward, compiled, inference, reference
 from resnet_fused.block import Kept, Plan
 from resnet_fused.opaque import learnt
 from resnet_fused.planner import decide
@@ -106,8 +106,11 @@ def residual(
     relu: bool,
     memory: str,
     cast_weights: bool,
-) -> Tensor:
-    """Run a block through the fused Function; arguments as in :func:`resnet_fused.functional.residual`."""
+) -> Tensor | None:
+    """Run a block through the fused Function; arguments as in :func:`resnet_fused.functional.residual`.
+
+    None where a plan leaves the block to eager PyTorch.
+    """
     join = Join.of(x, shortcut)
     chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
     if not any(u.norm is not None and u.norm.batch_statistics for u in chain):
@@ -122,7 +125,7 @@ def residual(
     reads = block.reads_joined(chain, join, relu)
     chosen = decide.choices(True, x, chain, join, relu, minimal, cast_weights, reads)
     if not chosen:
-        return eager.residual(x, units, shortcut, relu)
+        return None
     plan, tensors = block.assemble(chosen, chain, join, relu, minimal, cast_weights, reads)
     return run(plan, x, external, tensors)
 

@@ -22,7 +22,7 @@ from resnet_fused.units import Join, Norm, Unit, is_channels_last
 
 def residual(
     x: Tensor, units: Sequence[Unit], shortcut: Tensor | Unit | None, relu: bool, overwrite: bool = False
-) -> Tensor:
+) -> Tensor | None:
     """A block as in :func:`resnet_fused.functional.residual`, its units frozen and nothing to differentiate.
 
     Args:
@@ -30,6 +30,9 @@ def residual(
         units: their ``norm`` may be None where the convolution is all there is.
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
         overwrite: nobody reads the shortcut's tensor afterwards, and its memory may be written over.
+
+    Returns:
+        None where a plan leaves the block to eager PyTorch, in the layout that it came in.
     """
     if torch.compiler.is_compiling():
         return _compiled(x, units, shortcut, relu)
@@ -40,7 +43,10 @@ def residual(
     if identity:
         shortcut = x
     chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
-    z = run_units(x, units, shortcut, relu, decide.choices(False, x, chain, Join.of(x, shortcut), relu), overwrite)
+    choices = decide.choices(False, x, chain, Join.of(x, shortcut), relu)
+    if not choices and not contiguous:
+        return None
+    z = run_units(x, units, shortcut, relu, choices, overwrite)
     return ops.to_contiguous(z) if contiguous else z
 
 
@@ -157,6 +163,7 @@ def _take_apart(
 def _block_inference(x, shortcut, tensors, sizes, numbers, groups, engine, join, relu):
     units, joined = _take_apart(x, shortcut, opaque.restore(tensors, sizes, numbers, groups), Join(join))
     z = residual(x, units, joined, relu)
+    assert z is not None  # what is compiled is never eager
     return opaque.conform(z, _layout(x, units))
 
 

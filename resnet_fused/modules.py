@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.surgery.context import is_ordinary
-from resnet_fused.surgery.execution import run_block
+from resnet_fused.surgery.execution import COMPOSED, run_block
 from resnet_fused.surgery.forward import install
 from resnet_fused.surgery.layers import is_plain
 from resnet_fused.surgery.runs import Pair
@@ -82,7 +82,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         # It is a batch norm itself: there is no graph of children to find a run in.
         if is_ordinary() and is_plain(self):
             z = run_block(x, (Pair(None, self),), shortcut, self.relu, "default")
-            if z is not None:
+            if z is not None and z is not COMPOSED:
                 return z
         z = super().forward(x)
         z = z if shortcut is None else z + shortcut

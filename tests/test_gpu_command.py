@@ -30,17 +30,27 @@ def test_outcomes(card, monkeypatch, tmp_path):
     waits = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     listed = [python("good", "print('so it is')"), python("bad", "raise SystemExit(3)"), python("long", waits, 6.0)]
     record = {"subject": "resnet50", "batch": 64, "eager_seconds": {"median": 0.5}, "fused_seconds": {"median": 0.25}}
+    listed.append(Step("nowhere", [], 30.0))
     monkeypatch.setattr(gpu, "steps", lambda folder, **_: [*listed, python("last", "")])
-    path = tmp_path / "training" / "a100" / "residual.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"outcomes": [record | {"subject": "resnet18"}, record]}))
+    with_compiled = record | {"eager_seconds": {"median": 0.6}, "compiled_seconds": {"median": 1.0}}
+    found = {"training": [record | {"subject": "resnet18"}, record], "compiled-training": [with_compiled]}
+    for race, outcomes in found.items():
+        path = tmp_path / race / "a100" / "residual.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"outcomes": outcomes}))
     start = time.perf_counter()
     assert gpu.main(["--output", str(tmp_path)]) == 1
     assert time.perf_counter() - start < 60
     found = json.loads((tmp_path / "gpu.json").read_text())
     outcomes = {step["name"]: step["outcome"] for step in found["steps"]}
-    assert outcomes == {"good": "passed", "bad": "failed (3)", "long": "out of time", "last": "passed"}
-    assert found["training_images_per_second"] == {"eager": 128.0, "fused": 256.0}
+    assert outcomes == {
+        "good": "passed",
+        "bad": "failed (3)",
+        "long": "out of time",
+        "nowhere": "absent",
+        "last": "passed",
+    }
+    assert found["training_images_per_second"] == {"compiled": 64.0, "eager": 128.0, "fused": 256.0}
     eager = predict.BATCH / predict.predicted(predict.CARDS[0], "resnet50")["eager"].total
     assert found["predicted_images_per_second"]["eager"] == pytest.approx(eager)
     text = (tmp_path / "summary.md").read_text()
@@ -50,19 +60,25 @@ def test_outcomes(card, monkeypatch, tmp_path):
 def test_time_is_over(card, tmp_path):
     """Nothing is started, and that is what is recorded."""
     assert gpu.main(["--output", str(tmp_path), "--minutes", "0.001"]) == 1
-    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    steps = [s for s in json.loads((tmp_path / "gpu.json").read_text())["steps"] if s["outcome"] != "absent"]
     assert [s["name"] for s in steps[:3]] == ["build", "self-check", "tests"] and steps[-1]["name"] == "bandwidth"
     assert {s["outcome"] for s in steps} == {"not started: the time was over"}
 
 
 def test_limits_leave_room(card, monkeypatch, tmp_path):
     """The two races that matter most get all of their time even if every step before them takes all of its own."""
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/somewhere/{name}")
     listed = gpu.steps(tmp_path, build=True, quick=False)
     names = [s.name for s in listed]
     first = ["build", "self-check", "tests", "compute-sanitizer", "plan", "training", "inference"]
-    assert names == [*first, "blocks", "convolutions", "bandwidth"]
+    assert names == [*first, "compiled-training", "compiled-inference", "blocks", "convolutions", "bandwidth"]
     assert sum(s.limit for s in listed[: len(first)]) <= 60 * gpu.MINUTES
+
+
+def test_nothing_is_absent_but_the_sanitizer(card, monkeypatch, tmp_path):
+    """Which does not make the whole fail."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert [s.name for s in gpu.steps(tmp_path, build=True, quick=False) if not s.command] == ["compute-sanitizer"]
+    assert gpu.main(["--output", str(tmp_path), "--only", "compute-sanitizer"]) == 0
 
 
 def test_bad_arguments(card, monkeypatch, capsys):

@@ -178,6 +178,52 @@ def test_eager_runs_where_it_is_the_fastest(name, training, seconds):
         assert rf.plan(fused, x).blocks[0].choices != EAGER
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_left_to_eager_asks_again_when_something_changed(training, monkeypatch):
+    """Its modules are called without its key being made anew; what a key tells apart ends that."""
+    asked = []
+    choices = decide.choices
+    monkeypatch.setattr(decide, "choices", lambda *arguments: asked.append(1) or choices(*arguments))
+    model, x = basic_block().train(training).requires_grad_(training), images()
+    found = call_of(model, x)
+    decide.decide(found.key, entry(EAGER))
+
+    def asks(x=x):
+        asked.clear()
+        model(x)
+        return bool(asked)
+
+    assert asks() and not asks()
+    assert call_of(model, x).choices == EAGER  # who records sees it
+    assert asks() and not asks()
+    assert asks(images(3)) and asks(x.contiguous())
+    with rf.engine("library"):
+        assert asks()
+    assert not asks()
+    with torch.no_grad():
+        assert asks()
+    model.bn1.train(not training)
+    assert asks()
+    model.bn1.train(training)
+    model.requires_grad_(not training)
+    assert asks()
+    model.requires_grad_(training)
+    asks()
+    assert not asks()
+    decide.decide(found.key, entry(NATIVE if training else ((True, False),) * 2))
+    assert asks() and asks()
+
+
+def test_functions_run_what_a_plan_leaves_to_eager():
+    model, x = basic_block(), images()
+    conv, norm = rf.functional.Conv(model.conv1.weight, None, padding=(1, 1)), model.bn1
+    unit = rf.functional.Norm(norm.weight, norm.bias)
+    with decide.recording() as calls:
+        expected = rf.functional.conv_bn_act(x, conv, unit)
+    decide.decide(calls[0].key, entry(EAGER))
+    torch.testing.assert_close(rf.functional.conv_bn_act(x, conv, unit), expected)
+
+
 def store_of_file(report):
     return all(decide.store.find(b.key).choices == b.choices for b in report.blocks)
 
@@ -287,6 +333,13 @@ def test_first_use_is_measured_once(how, measured, ran, monkeypatch):
     assert len(measured) == 1 and ran == [MIXED] * 2
     model(images(3))
     assert len(measured) == 2
+
+
+def test_a_file_alone_is_followed(measured, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_PLAN", "file")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    basic_block()(images())
+    assert not measured
 
 
 def test_a_decision_stays(measured, ran, monkeypatch):

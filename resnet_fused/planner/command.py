@@ -157,10 +157,11 @@ def _calls(model: nn.Module, example_input: Any, training: bool) -> list[Call]:
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Keeps the buffers and modes of ``model`` and the random numbers as they were."""
+    gpus = {t.get_device() for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         with torch.no_grad():

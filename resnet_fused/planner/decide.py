@@ -22,12 +22,12 @@ from torch import Tensor
 from resnet_fused import opaque, ops
 from resnet_fused.choice import Use, native_is_faster
 from resnet_fused.engine import current_engine
-from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library
-from resnet_fused.planner.keys import Key, key_of
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both
+from resnet_fused.planner.keys import Key, key_of, settings
 from resnet_fused.planner.store import Store, say
 from resnet_fused.units import Join, Unit, output_plane
 
-MODES = ("off", "file", "measure")
+MODES = ("auto", "off", "file", "measure")
 MOST_DECIDED = 4096  # keys; beyond, as with inputs of ever other sizes, all are decided anew
 MOST_SECONDS = 120.0  # of measuring on first use, in a process
 QUIET_SECONDS = 1.0  # what takes longer is announced
@@ -47,6 +47,7 @@ class Call(NamedTuple):
 store = Store()
 _decided: dict[Key, tuple[Choices, str]] = {}
 _lock = threading.RLock()
+_generation = 0  # of decisions: counts what `decide` and `forget` change
 _spent = 0.0  # seconds of measuring on first use
 _recorder: ContextVar[list[Call] | None] = ContextVar("resnet_fused_recorder", default=None)
 
@@ -57,7 +58,7 @@ def mode() -> str:
     Raises:
         ValueError: if that is none of ``MODES``.
     """
-    value = os.environ.get("RESNET_FUSED_PLAN", "file")
+    value = os.environ.get("RESNET_FUSED_PLAN", "auto")
     if value not in MODES:
         raise ValueError(f"RESNET_FUSED_PLAN: expected one of {MODES}, got {value!r}")
     return value
@@ -105,7 +106,7 @@ def shipped(training: bool, x: Tensor, chain: Sequence[Unit], join: Join, native
         found.append((native_is_faster(use, *about), False))
         plane = output_plane(shape[2:], conv.weight.shape[2:], *conv[2:5])
         shape = torch.Size((shape[0], conv.weight.shape[0], *plane))
-    return tuple((n[0] and t[0], n[1] and t[1]) for n, t in zip(native, found, strict=True))
+    return both(native, tuple(found))
 
 
 def choices(
@@ -148,11 +149,31 @@ def choices(
     return chosen
 
 
+def circumstances(x: Tensor) -> tuple | None:
+    """All but the block itself that the answer of :func:`choices` for ``x`` depends on, in a tenth of a key's time.
+
+    None where it has to be asked: of a subclass, while calls are recorded, and under engines that plans have no say in.
+    """
+    if type(x) is not Tensor or _recorder.get() is not None or current_engine() != "auto":
+        return None
+    device = x.device
+    kind = device.type
+    return (
+        _generation,
+        x.dtype,
+        x.shape,
+        x.stride(),
+        device,
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        *settings(x),
+    )
+
+
 def _limited(entry: Entry, native: Choices) -> Choices:
     """A plan's choices as far as they are possible: a file can say anything."""
-    if not entry.choices:
-        return EAGER
-    return tuple((e[0] and n[0], e[1] and n[1]) for e, n in zip(entry.choices, native, strict=True))
+    return both(entry.choices, native) if entry.choices else EAGER
 
 
 def _known(key: Key, native: Choices) -> tuple[Choices, str] | None:
@@ -178,7 +199,7 @@ def _is_real(x: Tensor) -> bool:
 def _may_measure(key: Key) -> bool:
     if key.deterministic or opaque.in_operator() or torch._C._current_graph_task_id() != -1:
         return False  # in backward others may wait for what measuring needs
-    if mode() != "measure" and not (mode() == "file" and torch.backends.cudnn.benchmark):
+    if mode() != "measure" and not (mode() == "auto" and torch.backends.cudnn.benchmark):
         return False
     if key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
@@ -232,13 +253,17 @@ def _measure(key: Key, native: Choices, table: Choices) -> tuple[Choices, str] |
 
 def decide(key: Key, entry: Entry) -> None:
     """``key`` is run as ``entry`` says from now on."""
+    global _generation
     with _lock:
+        _generation += 1
         _decided[key] = entry.choices, "measured"
 
 
 def forget(*, plans: bool) -> None:
     """Nothing is decided then; with ``plans`` what was read and measured is forgotten too."""
+    global _generation
     with _lock:
+        _generation += 1
         _decided.clear()
         if plans:
             store.forget()

@@ -61,6 +61,11 @@ class Entry:
         return cls(choices, str(record["chosen"]), str(record["why"]), seconds, disqualified)
 
 
+def both(a: Choices, b: Choices) -> Choices:
+    """Native is what is native in ``a`` and in ``b``."""
+    return tuple((x[0] and y[0], x[1] and y[1]) for x, y in zip(a, b, strict=True))
+
+
 def all_library(units: Sequence) -> Choices:
     """The library everywhere."""
     return ((False, False),) * len(units)

@@ -118,14 +118,9 @@ def key_of(
                 not training and norm is None and conv.packed is not None and not w.requires_grad,
             )
         )
-    device = x.device
-    on_cpu = device.type == "cpu"
-    precision = ""
-    if x.dtype == torch.float32:
-        precision = (torch.backends.mkldnn if on_cpu else torch.backends.cudnn).conv.fp32_precision
     return Key(
         training,
-        device,
+        x.device,
         x.dtype,
         x.shape,
         x.is_contiguous(memory_format=torch.channels_last),
@@ -135,6 +130,17 @@ def key_of(
         cast_weights,
         reads_joined,
         tuple(units),
+        *settings(x),
+    )
+
+
+def settings(x: Tensor) -> tuple[int, str, bool]:
+    """A key's last fields: what the process is set to for tensors such as ``x``."""
+    on_cpu = x.is_cpu
+    precision = ""
+    if x.dtype == torch.float32:
+        precision = (torch.backends.mkldnn if on_cpu else torch.backends.cudnn).conv.fp32_precision
+    return (
         torch.get_num_threads() if on_cpu else 0,
         precision,
         torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic,

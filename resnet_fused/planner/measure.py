@@ -21,6 +21,7 @@ Found = TypeVar("Found")
 
 SECONDS = 0.4  # of timing, per comparison
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 15
+HOPELESS = 1.3  # times the fastest
 HEAD_START = 2e-3  # seconds of other work on a GPU, longer than a block's launches take
 LARGEST_CACHE = 256 << 20  # bytes; a virtual machine may report a cache that it shares with many
 
@@ -93,8 +94,6 @@ def medians(runs: Mapping[str, Callable[[Any], object]], operands: Sequence[Any]
             times[name].append(once(name))
     return {name: statistics.median(t) for name, t in times.items()}
 
-
-HOPELESS = 1.3  # times the fastest
 
 
 def apart(device: torch.device, function: Callable[[], Found]) -> Found:

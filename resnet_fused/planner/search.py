@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, name_of
+from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both, name_of
 from resnet_fused.planner.keys import Key, machine
 from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, medians
 from resnet_fused.planner.proof import Proof
@@ -70,6 +70,15 @@ def _flips(of: Choices, native: Choices) -> Iterator[Choices]:
                 yield (*of[:i], (unit[0], unit[1]), *of[i + 1 :])
 
 
+def _combined(of: Choices, changed: Sequence[Choices]) -> Choices:
+    """``of`` with all that one of ``changed`` has otherwise."""
+
+    def choice(i: int, j: int) -> bool:
+        return of[i][j] != any(c[i][j] != of[i][j] for c in changed)
+
+    return tuple((choice(i, 0), choice(i, 1)) for i in range(len(of)))
+
+
 class _Search:
     def __init__(self, key: Key, native: Choices, known: Entry | None, clock: Clock | None):
         self.key, self.native = key, native
@@ -86,6 +95,10 @@ class _Search:
 
     def name(self, choices: Choices) -> str:
         return name_of(choices, self.key.training)
+
+    def time(self, choices: Choices) -> float:
+        """Seconds, as measured last."""
+        return self.seconds[self.name(choices)]
 
     def holds(self, choices: Choices) -> bool:
         """Whether ``choices`` compute what the library does; those that don't are disqualified, with a warning."""
@@ -134,27 +147,20 @@ class _Search:
         if not self.holds(self.native):
             self.strike()
         allowed = self.native
-        table = tuple((t[0] and n[0], t[1] and n[1]) for t, n in zip(table, allowed, strict=True))
-        fused = {self.library, allowed, table}
+        fused = {self.library, allowed, both(table, allowed)}
         self.race(*fused, *composed)
-        best = min((c for c in fused if self.holds(c)), key=lambda c: self.seconds[self.name(c)])
+        best = min(filter(self.holds, fused), key=self.time)
         flips = [c for c in _flips(best, allowed) if c not in fused]
         if flips:
             self.race(best, *flips)
-            gains = [c for c in flips if self.seconds.get(self.name(c), 1e9) < self.seconds[self.name(best)]]
+            gains = [c for c in flips if self.holds(c) and self.time(c) < self.time(best)]
+            gains.sort(key=self.time)
             # Flips that gain alone are taken together, too: whole candidates decide.
-            together = best
-            for c in gains:
-                together = tuple(
-                    (t[0] if f[0] == b[0] else f[0], t[1] if f[1] == b[1] else f[1])
-                    for t, f, b in zip(together, c, best, strict=True)
-                )
-            gains.sort(key=lambda c: self.seconds[self.name(c)])
-            best = self.race(self.library, best, *gains[:1], together, *composed)
+            best = self.race(self.library, best, *gains[:1], _combined(best, gains), *composed)
         else:
-            best = min((best, *composed), key=lambda c: self.seconds[self.name(c)])
-        plain = min((self.library, *composed), key=lambda c: self.seconds[self.name(c)])
-        ratio = self.seconds[self.name(plain)] / self.seconds[self.name(best)]
+            best = min((best, *composed), key=self.time)
+        plain = min((self.library, *composed), key=self.time)
+        ratio = self.time(plain) / self.time(best)
         if best in (self.library, EAGER):
             why = f"{self.name(best)} is the fastest"
         elif ratio * (1 - HYSTERESIS) <= 1:

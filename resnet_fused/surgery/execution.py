@@ -21,6 +21,9 @@ from resnet_fused.units import Norm, Unit
 
 _16_BITS = (torch.bfloat16, torch.float16)
 
+# In the place of a block's output: a plan has its modules called.
+COMPOSED: Any = object()
+
 
 def _together(x: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """Whether all are ordinary tensors on ``x``'s device. If not eager raises, or a subclass decides, or, for the
@@ -92,7 +95,7 @@ def run_block(
     memory: str,
     overwrite: bool = False,
 ) -> Tensor | None:
-    """A chain of units with a ReLU between them and one join, or None where the modules have to be called.
+    """A chain of units with a ReLU between them and one join, or None or `COMPOSED` where the modules are to be called.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -158,14 +161,14 @@ def run_block(
         return None  # a convolution without a batch norm is differentiated by its own module
     cast = x if x.dtype == dtype else x.to(dtype)
     joined = projection if projection is not None else cast if joined is x else joined
-    if infers and not autocast:
-        return inference.residual(cast, units, joined, relu, overwrite)
     with without_autocast(device):
-        if infers:
-            return inference.residual(cast, units, joined, relu)
         if reference:
             return reference_residual(cast, units, joined, relu)
-        return autograd.residual(cast, units, joined, relu, memory, autocast)
+        if infers:
+            z = inference.residual(cast, units, joined, relu, overwrite and not autocast)
+        else:
+            z = autograd.residual(cast, units, joined, relu, memory, autocast)
+    return COMPOSED if z is None else z
 
 
 def _has_channels(norm: Any, channels: int) -> bool:

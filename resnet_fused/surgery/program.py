@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.execution import PoolCall, pool_by_functional, pool_by_torch, run_block
+from resnet_fused.planner import decide
+from resnet_fused.surgery.execution import COMPOSED, PoolCall, pool_by_functional, pool_by_torch, run_block
 from resnet_fused.surgery.layers import normalises_and_activates
 from resnet_fused.surgery.recording import record
 from resnet_fused.surgery.runs import Finder, Run
@@ -43,6 +44,7 @@ class RunCall:
         self.join, self.projection, self.behind = run.join, run.projection, run.behind
         self.run = run
         self._steps: Callable | None = None
+        self.composed = False  # whether a plan had the modules called, last
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
         joins_tensor = self.join is Join.TENSOR
@@ -50,7 +52,9 @@ class RunCall:
         z = None
         if added is not None or not joins_tensor:  # whatever adds None, eager says what becomes of it
             z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
-        if z is None:
+        if not torch.compiler.is_compiling():
+            self.composed = z is COMPOSED
+        if z is None or z is COMPOSED:
             return self.step_by_step(module, x, shortcut)
         for m in self.behind:
             z = m(z)
@@ -116,13 +120,49 @@ class Program:
         # None, and not called, where there are no runs.
         self._function: Any = self._compile(graph, module) if self.runs else None
         self._result = None if result.is_leaf() else result
+        self._graph = graph
+        self._layers = tuple(layer for run in self.runs for layer in run.layers)
+        self._steps: Callable | None = None
+        # The circumstances in which plans left all runs to eager, last.
+        self._composed: tuple | None = None
 
-    def __call__(self, module: nn.Module, tensors: Iterable[Tensor]) -> Any:
-        results = self._function(module, module, *tensors)
+    def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        if torch.compiler.is_compiling():
+            results = self._function(module, module, *tensors)
+        elif self._composed is not None and self._composed == self._circumstances(tensors):
+            results = self._step_by_step(module, *tensors)
+        else:
+            results = self._function(module, module, *tensors)
+            if all(call.composed for call in self.calls):
+                self._composed = self._circumstances(tensors)
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
+
+    def _circumstances(self, tensors: Sequence[Tensor]) -> tuple | None:
+        """What the plans of all runs depend on; None where they have to be asked.
+
+        Asking them run by run takes a tenth of a small block's time, more than elsewhere in Python: kernels leave
+        nothing of it in the caches.
+        """
+        found: list[Any] = [self.calls[0].memory]
+        for t in tensors:
+            around = decide.circumstances(t)
+            if around is None:
+                return None
+            found.append(around)
+        for layer in self._layers:
+            found.append(layer.training)
+            found += [p is not None and p.requires_grad for p in layer._parameters.values()]
+        return tuple(found)
+
+    def _step_by_step(self, module: nn.Module, *tensors: Tensor) -> Any:
+        """What the module does itself."""
+        if self._steps is None:
+            self._steps = _compiled(self._graph, type(module).__name__, {})
+        return self._steps(module, *tensors)
 
     def watch(self, wrap: Callable[[RunCall], Callable]) -> None:
         """Until :meth:`unwatch`, what ``wrap`` makes of a run's call is called in its place."""
+        self._composed = None
         self._put({call: wrap(call) for call in self.calls})
 
     def unwatch(self) -> None:
