@@ -34,7 +34,7 @@ PACKAGES := "$(TORCH)" torchvision ninja numpy "setuptools>=64" wheel pytest pyt
 # Other software that benchmarks can race against.
 PEERS := onnx onnxscript onnxruntime openvino
 # Tests that want these are skipped, and say so, where they cannot be had.
-WANTED := timm onnx onnxscript onnxruntime
+WANTED := timm onnx onnxscript onnxruntime accelerate lightning torchao
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)

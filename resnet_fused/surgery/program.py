@@ -122,6 +122,7 @@ class Program:
         self._result = None if result.is_leaf() else result
         self._graph = graph
         self._layers = tuple(layer for run in self.runs for layer in run.layers)
+        self._synchronises = any(isinstance(layer, nn.SyncBatchNorm) for layer in self._layers)
         self._steps: Callable | None = None
         # The circumstances in which plans left all runs to eager, last.
         self._composed: tuple | None = None
@@ -133,7 +134,8 @@ class Program:
             results = self._step_by_step(module, *tensors)
         else:
             results = self._function(module, module, *tensors)
-            if all(call.composed for call in self.calls):
+            # Whether a batch norm is synchronised, and so never eager, may change from call to call.
+            if all(call.composed for call in self.calls) and not self._synchronises:
                 self._composed = self._circumstances(tensors)
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
 
