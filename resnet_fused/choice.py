@@ -17,6 +17,7 @@ measured before float32 products stayed in registers and Winograd's tiles were 4
 ``FPROP`` 3x3, stride 2         0.9 to 1.1   1.2 to 1.5   1.0 to 1.2   1.3 to 2.0
 ``FPROP`` 3 channels            0.9          0.4          0.9          0.5
 ``BACKWARD`` all                0.9 to 1.5   0.8 to 1.9   0.7 to 1.9   0.7 to 1.9
+the same, 64x64                                           0.3 to 2.0   0.5 to 5.3
 ``INFERENCE`` 1x1               1.0 to 1.6   1.0 to 1.5   1.3 to 2.7   0.9 to 2.5
 ``INFERENCE`` 3x3               1.0 to 1.7   0.7 to 1.3   1.0 to 1.7   0.8 to 1.5
 ``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.4   0.9 to 1.9   0.9 to 2.0
@@ -24,6 +25,9 @@ measured before float32 products stayed in registers and Winograd's tiles were 4
 ``PACKED`` 3x3                  1.4 to 1.6   0.6 to 1.3   1.0 to 1.2   1.1 to 1.3
 ``PACKED`` 3x3, stride 2        0.9          0.8 to 1.5   0.9 to 1.1   1.1 to 1.6
 =============================== ============ ============ ============ ============
+
+The row of 64x64 is of training's passes with no more pixels than ``FEWEST_TRAINED`` and ``FEWEST_TRAINED_BY_TAPS``; in
+float32 fprop and wgrad have 0.3 to 1.1 there.
 
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
@@ -55,6 +59,9 @@ class Use(Enum):
 FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
 FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/transposed.h
+# In training, in float32, up to which packing the weights takes longer than the products: of 1x1 filters, and larger.
+FEWEST_TRAINED = 16
+FEWEST_TRAINED_BY_TAPS = 64
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
@@ -72,15 +79,18 @@ def native_is_faster(
     Where the table's class was mostly at least as fast; training passes are taken as a whole, since each spares the
     next one's work, but for what has few channels.
     """
+    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
+    pixels = x_shape[0] * height * width
+    pointwise = weight_shape[2] == weight_shape[3] == 1
+    if use in (Use.FPROP, Use.BACKWARD) and dtype == torch.float32:
+        if pixels <= (FEWEST_TRAINED if pointwise else FEWEST_TRAINED_BY_TAPS):
+            return False
     if use is Use.BACKWARD:
         return True
     if weight_shape[1] < FEW_CHANNELS:
         return False
     if use is Use.FPROP:
         return True
-    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
-    pixels = x_shape[0] * height * width
-    pointwise = weight_shape[2] == weight_shape[3] == 1
     if dtype == torch.float32:
         by_one = tuple(stride) == tuple(dilation) == (1, 1)
         winograd = tuple(weight_shape[2:]) == (3, 3) and by_one and max(padding) <= 2
