@@ -17,7 +17,7 @@ from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import EAGER, Entry, all_library
 
-CHANNELS, SIDE, IMAGES = 16, 8, 2
+CHANNELS, SIDE, IMAGES = 16, 12, 2
 
 
 def network():
