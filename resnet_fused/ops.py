@@ -573,6 +573,37 @@ def conv_wgrad(
     )
 
 
+def reads_once(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Whether :func:`conv_backward` of a native convolution is one kernel, where the output's gradient has ``y``."""
+    return x.device.type == "cuda" and _one_read_tiles(x, weight, stride, padding, dilation) > 0
+
+
+def conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    backward_coefficients: Tensor | None,
+    weight: Tensor,
+    x: Tensor,
+    coefficients: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    addend: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dx, sums, dw)``: a native convolution's gradients with respect to both of its operands.
+
+    What :func:`conv_dgrad` gives, masked by ``x`` where that comes with ``coefficients``, and :func:`conv_wgrad` in
+    ``dtype``. Narrow 1x1 filters have a kernel on CUDA that reads all tensors once (:func:`reads_once`): it sums in
+    another order, and ``sums`` has other tiles.
+    """
+    return _ops.conv_backward(
+        grad, y, backward_coefficients, weight, x, coefficients, stride, padding, dilation, addend, dtype
+    )
+
+
 MOST_POOL_TAPS = 255  # of a window of max_pool2d: a byte says which one
 
 
@@ -783,6 +814,22 @@ def _(
 def _(grad, y, backward_coefficients, x, coefficients, filter, stride, padding, dilation, dtype):
     dw = x.new_empty((grad.shape[1], x.shape[1], *filter), dtype=dtype)
     return dw.contiguous(memory_format=torch.channels_last)
+
+
+def _one_read_tiles(x: Tensor, weight: Tensor, stride, padding, dilation) -> int:
+    return _conv_tiles("one_read", x, x.shape, weight.shape, stride, padding, dilation)
+
+
+@_fake("conv_backward")
+def _(grad, y, backward_coefficients, weight, x, coefficients, stride, padding, dilation, addend, dtype):
+    tiles = 0
+    if coefficients is not None:
+        # A kernel of its own has tiles of its own.
+        own = _one_read_tiles(x, weight, stride, padding, dilation) if y is not None else 0
+        tiles = own or _conv_tiles("dgrad", x, x.shape, weight.shape, stride, padding, dilation)
+    dx = x.new_empty(x.shape).contiguous(memory_format=torch.channels_last)
+    dw = x.new_empty(weight.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return dx, x.new_empty((tiles, 2, x.shape[1]), dtype=torch.float32), dw
 
 
 def _empty_dense(like: Tensor) -> Tensor:
