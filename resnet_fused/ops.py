@@ -577,7 +577,13 @@ def reads_once(
     x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> bool:
     """Whether :func:`conv_backward` of a native convolution is one kernel, where the output's gradient has ``y``."""
-    return x.device.type == "cuda" and _one_read_tiles(x, weight, stride, padding, dilation) > 0
+    geometry = (stride, padding, dilation)
+    return x.device.type == "cuda" and _reads_once(_NATIVE_DTYPES[x.dtype], x.shape, weight.shape, *geometry)
+
+
+@functools.lru_cache(maxsize=4096)  # as _native_shape_reason
+def _reads_once(dtype: str, *sizes: Sequence[int]) -> bool:
+    return _C.conv_tiles("cuda", dtype, "one_read", *map(list, sizes)) > 0
 
 
 def conv_backward(
@@ -816,17 +822,13 @@ def _(grad, y, backward_coefficients, x, coefficients, filter, stride, padding, 
     return dw.contiguous(memory_format=torch.channels_last)
 
 
-def _one_read_tiles(x: Tensor, weight: Tensor, stride, padding, dilation) -> int:
-    return _conv_tiles("one_read", x, x.shape, weight.shape, stride, padding, dilation)
-
-
 @_fake("conv_backward")
 def _(grad, y, backward_coefficients, weight, x, coefficients, stride, padding, dilation, addend, dtype):
     tiles = 0
     if coefficients is not None:
-        # A kernel of its own has tiles of its own.
-        own = _one_read_tiles(x, weight, stride, padding, dilation) if y is not None else 0
-        tiles = own or _conv_tiles("dgrad", x, x.shape, weight.shape, stride, padding, dilation)
+        sizes = (x.shape, weight.shape, stride, padding, dilation)
+        at_once = _conv_tiles("one_read", x, *sizes) if y is not None else 0
+        tiles = at_once or _conv_tiles("dgrad", x, *sizes)
     dx = x.new_empty(x.shape).contiguous(memory_format=torch.channels_last)
     dw = x.new_empty(weight.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     return dx, x.new_empty((tiles, 2, x.shape[1]), dtype=torch.float32), dw

@@ -307,11 +307,11 @@ def test_backward(device, name, dtype, behind_norm, added):
         assert_masked_and_summed(case, dx, masked, sums)
     activation = case.activation if behind_norm else case.x.double()
     exact = nn.grad.conv2d_weight(activation, weight.shape, case.output_gradient, *case.geometry)
-    assert dw.dtype == torch.float32 and errors(dw, exact).maximum <= (
-        rounding(dtype, device) if dtype == torch.float32 else 1e-5
-    )
-    narrow = run(table.to(device) if behind_norm else None, dtype)[2]
-    assert torch.equal(narrow, dw.to(dtype))
+    # A value of dy that lies between two of 16 bits may be rounded to the other one than in float64.
+    allowed = rounding(dtype, device) if dtype == torch.float32 else 3e-5
+    assert dw.dtype == torch.float32 and errors(dw, exact).maximum <= allowed
+    rounded = run(table.to(device) if behind_norm else None, dtype)[2]
+    assert torch.equal(rounded, dw.to(dtype))
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda)], indirect=True)

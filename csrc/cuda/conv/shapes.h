@@ -183,8 +183,8 @@ constexpr bool reads_once(const ConvShape& s, DType dtype) {
   return plain && narrow <= kNarrow && wide <= kWide && dtype != DType::Float32;
 }
 
-// A block takes every blocks-th tile of kOneReadPixels pixels. All of a card are at work, two or four to a
-// multiprocessor in turn, and the partials of dW are few against the operands: of at least kLeastTiles tiles, a fifth.
+// A block takes every blocks-th tile of kOneReadPixels pixels. At most, three or four blocks follow each other on a
+// multiprocessor; the partials of dW are few against the operands, a fifth where a block has kLeastTiles tiles.
 inline constexpr int kOneReadPixels = 32;
 constexpr int64_t one_read_tiles(const ConvShape& s, DType dtype) {
   constexpr int64_t kLeastTiles = 8, kMostBlocks = 432;
