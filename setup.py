@@ -62,6 +62,7 @@ CUDA_SOURCES = [
     "csrc/cuda/bn_backward_reduce.cu",
     "csrc/cuda/bn_finalize.cu",
     "csrc/cuda/bn_statistics.cu",
+    "csrc/cuda/conv/backward.cu",
     "csrc/cuda/conv/dgrad.cu",
     "csrc/cuda/conv/fprop.cu",
     "csrc/cuda/conv/wgrad.cu",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_fused as rf
 from benchmarks.passes import PASSES, Passes, Shape
@@ -58,6 +58,26 @@ class CountedPasses:
     def call(self, which: str) -> Callable[[], object]:
         return self.passes.native(which, fused=True)
 
+    @property
+    def least_at_once(self) -> tuple[int, int]:
+        """Bytes to read and to write of dgrad and wgrad in one kernel, with an addend, without partial sums of dw."""
+        x, y, weight = (t.nbytes for t in (self.passes.x, self.passes.y, self.passes.weight))
+        return 2 * y + 2 * x + weight, x
+
+    def call_at_once(self) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.passes
+        return ops.conv_backward(
+            p.grad,
+            p.y,
+            p.backward_coefficients,
+            p.weight,
+            p.x,
+            p.coefficients,
+            *p.shape.geometry,
+            torch.ones_like(p.x),
+            torch.float32,
+        )
+
 
 def projection(inplanes: int, planes: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
@@ -89,6 +109,21 @@ class BlockStep:
         self.z.backward(self.gradient)
 
     @property
+    def read_once(self) -> tuple[bool, bool]:
+        """Whether one kernel is dgrad and wgrad of the last convolution, and of the first."""
+        block, x = self.block, self.x
+        geometry = ((1, 1), (0, 0), (1, 1))
+        small = x.new_empty(x.shape[0], block.conv3.in_channels, *self.z.shape[2:])
+        return ops.reads_once(small, block.conv3.weight, *geometry), ops.reads_once(x, block.conv1.weight, *geometry)
+
+    @property
+    def partials(self) -> int:
+        """Bytes of what dgrad and wgrad in one kernel leave to be added: of each 256 pixels, a weight's gradient."""
+        weights = (self.block.conv3.weight, self.block.conv1.weight)
+        shares = -(-self.x[:, 0].numel() // 256)
+        return sum(4 * w.numel() * shares for w, once in zip(weights, self.read_once, strict=True) if once)
+
+    @property
     def least(self) -> dict[str, tuple[int, int]]:
         """Bytes of activations to read and to write in each direction, without weights, their gradients and vectors."""
         block, x = self.block, self.x.nbytes
@@ -97,8 +132,10 @@ class BlockStep:
         y3 = z = self.z.nbytes
         read = x + y1 + y2 + 2 * y3  # conv1, conv2, conv3; the join reads y3 and the shortcut
         write = y1 + y2 + y3 + z
-        # The join: the gradient, y3 and the shortcut (for the mask) in, g out; then per convolution dgrad and wgrad.
-        read_back = 3 * y3 + 2 * (2 * y3 + y2) + 2 * (2 * y2 + y1) + 2 * (2 * y1) + x + x
+        # The join: the gradient, y3 and the shortcut (for the mask) in, g out; then per convolution dgrad and wgrad, or
+        # both at once.
+        last, first = (1 if once else 2 for once in self.read_once)
+        read_back = 3 * y3 + last * (2 * y3 + y2) + 2 * (2 * y2 + y1) + first * (2 * y1) + x + x
         write_back = y3 + y2 + y1 + x
         if block.downsample is not None:  # of stride 2
             read += x // 4

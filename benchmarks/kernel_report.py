@@ -40,7 +40,7 @@ VALUE_BYTES = {"Float64": 8, "Float32": 4, "BFloat16": 2, "Float16": 2}  # the s
 # csrc/cuda/conv/launch_conv.cuh): the kernels need instructions that those lack, and are not launched there.
 CONVOLUTIONS_FROM = 80
 # Whether the kernel writes activations: wgrad leaves partial sums, two neighbouring floats at a time.
-CONVOLUTIONS = {"fprop_kernel": True, "dgrad_kernel": True, "wgrad_kernel": False}
+CONVOLUTIONS = {"fprop_kernel": True, "dgrad_kernel": True, "wgrad_kernel": False, "backward_kernel": True}
 
 # Of the convolutions' main loops, by architecture and kernel: what `--write` found. The predictions read it, and a
 # build is held to it: a change of the kernels that takes more than MOST_GROWTH of a pipe for the same product is a

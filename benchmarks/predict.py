@@ -127,6 +127,12 @@ class Convolution:
     def multiply_adds(self) -> int:
         return self.output_pixels * self.channels * self.filters * self.taps**2
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether dgrad and wgrad are one kernel; as csrc/cuda/conv/shapes.h has it."""
+        narrow, wide = sorted((self.channels, self.filters))
+        return self.taps == 1 and self.stride == 1 and narrow <= NARROW and wide <= WIDE
+
 
 @dataclass(frozen=True)
 class Block:
@@ -191,9 +197,9 @@ def instances(arch: str) -> tuple[str, dict[str, list[Instance]]]:
     if not served:
         raise SystemExit(f"{COUNTS}: no kernels of {arch}; make kernel-report, with --write")
     chosen = max(served, key=number.__getitem__)
-    found: dict[str, list[Instance]] = {"fprop": [], "dgrad": [], "wgrad": []}
+    found: dict[str, list[Instance]] = {"fprop": [], "dgrad": [], "wgrad": [], "backward": []}
     for name, entry in counted()[chosen].items():
-        parsed = re.fullmatch(r"(\w+)_kernel<BFloat16, BlockTile<(\d+), (\d+)[^>]*>((?:, \w+)+)>", name)
+        parsed = re.fullmatch(r"(\w+)_kernel<BFloat16, (?:BlockTile<)?(\d+), (\d+)[^>]*?>?((?:, \w+)+)>", name)
         if parsed is None or parsed[1] not in found:
             continue
         rest = parsed[4].removeprefix(", ").split(", ")
@@ -248,14 +254,35 @@ def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False)
         partial = 4 * c.weight * splits if splits > 1 else 2 * c.weight
     blocks *= splits
     iterations = math.ceil(reduction / k.depth) / splits
+    held = resident(card, k, shared_bytes(k, c, which))
+    epilogue = 0 if which == "wgrad" else 2 * k.rows * k.columns * VALUE / pipes.SHARED_BYTES
+    seconds = _seconds(card, k, blocks, iterations, held, moved + partial, AROUND[which], epilogue)
+    return seconds + LAUNCH * (2 if splits > 1 else 1)
+
+
+def _seconds(
+    card: Card,
+    k: Instance,
+    blocks: int,
+    iterations: float,
+    held: int,
+    dram: int,
+    shares: tuple[float, float],
+    epilogue: float,
+) -> float:
+    """Without the launch.
+
+    Args:
+        blocks, iterations: of a block; ``held``: blocks on a multiprocessor.
+        dram: bytes that are moved.
+        shares: of the instructions around the main loop, in front and behind, those that run.
+        epilogue: cycles of shared memory.
+    """
     cycles = k.loop.cycles(card.arch, k.warps)
     assert cycles.tensor is not None
-    before, after = AROUND[which]
-    held = resident(card, k, shared_bytes(k, c, which))
+    before, after = shares
     around = (before * k.loop.before + after * k.loop.after) * k.warps / pipes.SUB_CORES
-    epilogue = 0 if which == "wgrad" else 2 * k.rows * k.columns * VALUE / pipes.SHARED_BYTES
     second = card.multiprocessors * card.ghz * 1e9 / blocks / _quantised(blocks, card.multiprocessors * held)
-    dram = moved + partial
     times = (
         iterations * cycles.tensor / second,
         (iterations * cycles.issue + around) / second,
@@ -263,7 +290,30 @@ def native_seconds(card: Card, c: Convolution, which: str, addend: bool = False)
         (blocks * iterations * k.loop.copied * k.warps + dram) / card.l2,
         dram / (card.dram * DRAM_SHARE),
     )
-    return norm(*times) / OVERLAP + LAUNCH * (2 if splits > 1 else 1)
+    return norm(*times) / OVERLAP
+
+
+# Of the kernel that is dgrad and wgrad, as csrc/cuda/conv has them: the sides, a tile's pixels, a block's tiles at
+# least, and blocks at most; g and y of so many tiles in shared memory, and x.
+NARROW, WIDE = 64, 256
+ONE_READ_PIXELS, LEAST_TILES, MOST_BLOCKS = 32, 8, 432
+GRADIENT_STAGES, INPUT_STAGES = 2, 3
+
+
+def native_backward_seconds(card: Card, c: Convolution, addend: bool = False) -> float:
+    """Of dgrad and wgrad with all that is fused into them."""
+    if not c.reads_once:
+        return _native(card, c, "dgrad", addend) + _native(card, c, "wgrad")
+    rows, columns = (WIDE if channels > NARROW else NARROW for channels in (c.filters, c.channels))
+    of = rows, columns, ("AffineRelu" if c.behind_norm else "Raw",)
+    fitting = [k for k in instances(card.arch)[1]["backward"] if (k.rows, k.columns, k.prologues) == of]
+    k = _only(fitting, c, "backward")
+    tiles = math.ceil(c.pixels / ONE_READ_PIXELS)
+    blocks = min(MOST_BLOCKS, math.ceil(tiles / LEAST_TILES))
+    # A tile's g, y, dy; x and dx.
+    shared = VALUE * ONE_READ_PIXELS * (rows * (2 * GRADIENT_STAGES + 1) + columns * (INPUT_STAGES + 1))
+    moved = 2 * c.y + c.x * (2 + addend) + 4 * c.weight * blocks  # partial sums of dW are written and read again
+    return _seconds(card, k, blocks, tiles / blocks, resident(card, k, shared), moved, (1.0, 1.0), 0) + 2 * LAUNCH
 
 
 def wgrad_splits(c: Convolution, blocks: int, large: bool) -> int:
@@ -322,6 +372,10 @@ def _instance(card: Card, c: Convolution, which: str, prologues: tuple[str, ...]
         tiles = [(128, 128)] * (columns > 64) + [(128, 64), (64, 64)]
         tile = next(filter(fills, tiles), tiles[-1])
         fitting = [k for k in fitting if (k.rows, k.columns) == tile]
+    return _only(fitting, c, which)
+
+
+def _only(fitting: Sequence[Instance], c: Convolution, which: str) -> Instance:
     if len(fitting) != 1:
         raise SystemExit(f"{COUNTS}: {len(fitting)} {which} kernels for {c}, not one; make it anew")
     return fitting[0]
@@ -376,11 +430,12 @@ def our_block(card: Card, block: Block, choices: Sequence[Choice]) -> Seconds:
     units, last = block.units, len(block.chain) - 1
     convolutions = 0.0
     for i, (c, choice) in enumerate(zip(units, choices, strict=True)):
-        for which in AROUND:
-            if choice[which != "fprop"]:
-                convolutions += _native(card, c, which, which == "dgrad" and i == 0)
-            else:
-                convolutions += _library(card, c, which)
+        fprop, backward = choice
+        convolutions += (_native if fprop else _library)(card, c, "fprop")
+        if backward:
+            convolutions += _native_backward(card, c, i == 0)
+        else:
+            convolutions += _library(card, c, "dgrad") + _library(card, c, "wgrad")
     moved, launches = 0, 4 * len(units)  # bn_finalize and bn_backward_finalize
     for c, (fprop, _) in zip(units, choices, strict=True):
         moved += 0 if fprop else c.y  # bn_statistics
@@ -403,7 +458,7 @@ def our_block(card: Card, block: Block, choices: Sequence[Choice]) -> Seconds:
     return Seconds(convolutions, moved / (card.dram * OUR_NORM) + launches * LAUNCH)
 
 
-_native, _library = cache(native_seconds), cache(library_seconds)
+_native, _native_backward, _library = cache(native_seconds), cache(native_backward_seconds), cache(library_seconds)
 
 
 def best_block(card: Card, block: Block) -> Seconds:

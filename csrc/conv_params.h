@@ -79,6 +79,22 @@ struct WgradParams {
   DType dw_dtype;
 };
 
+// dgrad and wgrad from one read of what forms dy, and of x.
+struct BackwardParams {
+  ConvShape shape;
+  DType dtype;
+  OutputGradient grad;  // with y
+  const void* weight;
+  const void* x;
+  const void* coefficients;  // null, or [4, C] acc: as in fprop, and as dgrad's of a mask that is x
+  const void* addend;        // null, or like dx: added
+  void* dx;
+  void* sums;        // [tiles, 2, C] acc, where there are coefficients; tiles = one_read_tiles
+  float* workspace;  // [tiles, K, C]
+  void* dw;          // [K, C]
+  DType dw_dtype;
+};
+
 // One device's convolutions. Every entry returns after the work is enqueued (CPU: done).
 struct ConvBackend {
   ConvLimits limits;
@@ -96,6 +112,10 @@ struct ConvBackend {
   void (*pack)(const FpropParams&, void* packed);
   // By which algorithm fprop in inference multiplies, with weights as they are given or `packed`; null where there is one.
   const char* (*algorithm)(const ConvShape&, DType, bool packed);
+  // In how many tiles `backward` leaves its sums, by shape and dtype alone; 0 where it does not take them. Null where
+  // a device has none.
+  int64_t (*one_read_tiles)(const ConvShape&, DType);
+  void (*backward)(const BackwardParams&);
 };
 
 const ConvBackend& cpu_conv_backend();

@@ -230,6 +230,12 @@ class _Backward:
         tensor, table = self.source(i)
         if self.needs[i][0]:
             dtype = torch.float32 if self.parameters[i][0].dtype == torch.float32 else weight.dtype
+            if need_input and ops.reads_once(tensor, weight, *unit.geometry):
+                dx, sums, found = ops.conv_backward(
+                    *gradient.parts(), weight, tensor, table, *unit.geometry, addend, dtype
+                )
+                self.set_weight_gradient(i, found)
+                return dx, None if table is None else sums
             found = ops.conv_wgrad(
                 *gradient.parts(), tensor, table, tuple(weight.shape[2:]), *unit.geometry, dtype
             )

@@ -573,6 +573,43 @@ def conv_wgrad(
     )
 
 
+def reads_once(
+    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> bool:
+    """Whether :func:`conv_backward` of a native convolution is one kernel, where the output's gradient has ``y``."""
+    geometry = (stride, padding, dilation)
+    return x.device.type == "cuda" and _reads_once(_NATIVE_DTYPES[x.dtype], x.shape, weight.shape, *geometry)
+
+
+@functools.lru_cache(maxsize=4096)  # as _native_shape_reason
+def _reads_once(dtype: str, *sizes: Sequence[int]) -> bool:
+    return _C.conv_tiles("cuda", dtype, "one_read", *map(list, sizes)) > 0
+
+
+def conv_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    backward_coefficients: Tensor | None,
+    weight: Tensor,
+    x: Tensor,
+    coefficients: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    addend: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dx, sums, dw)``: a native convolution's gradients with respect to both of its operands.
+
+    What :func:`conv_dgrad` gives, masked by ``x`` where that comes with ``coefficients``, and :func:`conv_wgrad` in
+    ``dtype``. Narrow 1x1 filters have a kernel on CUDA that reads all tensors once (:func:`reads_once`): it sums in
+    another order, and ``sums`` has other tiles.
+    """
+    return _ops.conv_backward(
+        grad, y, backward_coefficients, weight, x, coefficients, stride, padding, dilation, addend, dtype
+    )
+
+
 MOST_POOL_TAPS = 255  # of a window of max_pool2d: a byte says which one
 
 
@@ -783,6 +820,18 @@ def _(
 def _(grad, y, backward_coefficients, x, coefficients, filter, stride, padding, dilation, dtype):
     dw = x.new_empty((grad.shape[1], x.shape[1], *filter), dtype=dtype)
     return dw.contiguous(memory_format=torch.channels_last)
+
+
+@_fake("conv_backward")
+def _(grad, y, backward_coefficients, weight, x, coefficients, stride, padding, dilation, addend, dtype):
+    tiles = 0
+    if coefficients is not None:
+        sizes = (x.shape, weight.shape, stride, padding, dilation)
+        at_once = _conv_tiles("one_read", x, *sizes) if y is not None else 0
+        tiles = at_once or _conv_tiles("dgrad", x, *sizes)
+    dx = x.new_empty(x.shape).contiguous(memory_format=torch.channels_last)
+    dw = x.new_empty(weight.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return dx, x.new_empty((tiles, 2, x.shape[1]), dtype=torch.float32), dw
 
 
 def _empty_dense(like: Tensor) -> Tensor:

@@ -234,7 +234,13 @@ def test_dgrad(device, geometry, dtype, prologue):
 
     table = case.coefficients
     masked, sums = ops.conv_dgrad(*arguments, addend.to(device), case.x.to(device), table.to(device))
-    passes = ops.bn_apply(case.x.to(device), table.to(device), relu=True).cpu() > 0
+    assert_masked_and_summed(case, dx, masked, sums)
+
+
+def assert_masked_and_summed(case, dx, masked, sums):
+    """``masked``: ``dx`` stopped at the ReLU in front, and its sums."""
+    table = case.coefficients
+    passes = ops.bn_apply(case.on(case.x), case.on(table), relu=True).cpu() > 0
     assert torch.equal(masked.cpu(), torch.where(passes, dx.cpu(), 0))
     stored = masked.cpu().double()
     centred = case.x.double() - table[0].double().view(1, -1, 1, 1)
@@ -257,6 +263,69 @@ def test_wgrad(device, geometry, dtype, prologue):
         assert dw.dtype == out
         e = errors(dw, exact)
         assert e.maximum <= (1e-5 if out != dtype else rounding(dtype, device)), e
+
+
+# 1x1 filters whose two passes a GPU makes one of in 16 bits, and some that it does not.
+READ_ONCE = {
+    "64_to_256": (2, 64, 13, 11, 256, 1, 1, 0, 1),  # 286 pixels: the last of nine tiles has 30
+    "256_to_64": (2, 256, 13, 11, 64, 1, 1, 0, 1),
+    "64_to_64": (3, 64, 9, 29, 64, 1, 1, 0, 1),
+    "channels_below_the_tile_s": (1, 40, 12, 11, 200, 1, 1, 0, 1),
+    "input_channels_below_the_tile_s": (1, 136, 12, 11, 24, 1, 1, 0, 1),
+    "8_to_8_of_three_pixels": (1, 8, 1, 3, 8, 1, 1, 0, 1),
+}
+BACKWARD_GEOMETRIES = READ_ONCE | {
+    "too_wide": (1, 72, 6, 6, 72, 1, 1, 0, 1),
+    "1x1_stride": GEOMETRIES["1x1_stride"],
+    "1x1_padded": (1, 16, 4, 5, 24, 1, 1, 1, 1),
+    "3x3": GEOMETRIES["3x3"],
+}
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("behind_norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BACKWARD_GEOMETRIES)
+def test_backward(device, name, dtype, behind_norm, added):
+    """dgrad and wgrad together, of an output in front of a batch norm."""
+    case = Case(BACKWARD_GEOMETRIES[name], dtype, prologue=True, device=device)
+    x, weight, table = case.on(case.x), case.on(case.weight), case.coefficients
+    addend = case.channels_last(torch.randn(case.x.shape)) if added else None
+
+    def run(coefficients, dtype):
+        on_device = None if addend is None else addend.to(device)
+        return ops.conv_backward(
+            *case.gradient_arguments(), weight, x, coefficients, *case.geometry, on_device, dtype
+        )
+
+    dx, sums, dw = run(None, torch.float32)
+    exact = nn.grad.conv2d_input(case.x.shape, case.weight.double(), case.output_gradient, *case.geometry)
+    assert dx.is_contiguous(memory_format=torch.channels_last) and sums.shape[0] == 0
+    assert_near(dx, exact if addend is None else exact + addend.double(), dtype)
+    if behind_norm:
+        masked, sums, dw = run(table.to(device), torch.float32)
+        assert_masked_and_summed(case, dx, masked, sums)
+    activation = case.activation if behind_norm else case.x.double()
+    exact = nn.grad.conv2d_weight(activation, weight.shape, case.output_gradient, *case.geometry)
+    # A value of dy that lies between two of 16 bits may be rounded to the other one than in float64.
+    allowed = rounding(dtype, device) if dtype == torch.float32 else 3e-5
+    assert dw.dtype == torch.float32 and errors(dw, exact).maximum <= allowed
+    rounded = run(table.to(device) if behind_norm else None, dtype)[2]
+    assert torch.equal(rounded, dw.to(dtype))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_cuda)], indirect=True)
+@pytest.mark.parametrize("name", BACKWARD_GEOMETRIES)
+def test_which_are_read_once(device, name):
+    case = Case(BACKWARD_GEOMETRIES[name], torch.bfloat16, prologue=True, device=device)
+    x, weight = case.on(case.x), case.on(case.weight)
+    assert ops.reads_once(x, weight, *case.geometry) == (name in READ_ONCE)
+    assert not ops.reads_once(x.float(), weight.float(), *case.geometry)
+    _, sums, _ = ops.conv_backward(
+        *case.gradient_arguments(), weight, x, case.on(case.coefficients), *case.geometry, None, torch.float32
+    )
+    if name in READ_ONCE:  # tiles of at least 256 pixels
+        assert sums.shape[0] == -(-x[:, 0].numel() // 256)
 
 
 def test_padding_is_zero_behind_the_prologue(device):
@@ -303,7 +372,7 @@ def test_layouts_and_alignment(device, name):
         assert torch.equal(ops.conv_fprop(a, coefficients, b, None, *case.geometry)[0], y)
 
 
-@pytest.mark.parametrize("name", ["3x3_stride", "3x3_one_image", "many_splits"])
+@pytest.mark.parametrize("name", ["1x1", "3x3_stride", "3x3_one_image", "many_splits"])
 def test_the_same_bits_every_time(device, name):
     case = Case(GEOMETRIES[name], dtype_of(device), prologue=True, device=device)
     x, coefficients, weight = case.fprop_arguments()
@@ -315,6 +384,7 @@ def test_the_same_bits_every_time(device, name):
             *ops.conv_fprop(x, coefficients, weight, None, *case.geometry),
             *ops.conv_dgrad(*gradient, weight, plane, *case.geometry, None, x, case.coefficients.to(device)),
             ops.conv_wgrad(*gradient, x, coefficients, case.filter, *case.geometry, torch.float32),
+            *ops.conv_backward(*gradient, weight, x, coefficients, *case.geometry, x, torch.float32),
         )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -329,6 +399,8 @@ def test_no_images(device):
     assert ops.conv_dgrad(y, None, None, weight, (5, 5), *geometry)[0].shape == x.shape
     dw = ops.conv_wgrad(y, None, None, x, None, (3, 3), *geometry, torch.float32)
     assert dw.shape == weight.shape and not dw.any()
+    dx, sums, dw = ops.conv_backward(y, None, None, weight, x, None, *geometry, None, torch.float32)
+    assert dx.shape == x.shape and sums.shape[0] == 0 and dw.shape == weight.shape and not dw.any()
 
 
 SAMPLES = {
@@ -357,12 +429,22 @@ SAMPLES = {
         *g,
         torch.float32,
     ),
+    "conv_backward": lambda c, g: (
+        *c.gradient_arguments(),
+        c.on(c.weight),
+        c.on(c.x),
+        c.on(c.coefficients),
+        *g,
+        c.on(c.x),
+        torch.float32,
+    ),
 }
 
 
+@pytest.mark.parametrize("geometry", ["3x3_stride", "1x1"])
 @pytest.mark.parametrize("name", SAMPLES)
-def test_opcheck(device, name):
-    case = Case(GEOMETRIES["3x3_stride"], dtype_of(device), prologue=True, device=device)
+def test_opcheck(device, name, geometry):
+    case = Case(GEOMETRIES[geometry], dtype_of(device), prologue=True, device=device)
     torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, SAMPLES[name](case, case.geometry))
 
 
@@ -381,6 +463,11 @@ def fprop(x, weight, stride=(1, 1), coefficients=None):
 
 def wgrad(grad, x, dtype):
     return ops.conv_wgrad(grad, None, None, x, None, (1, 1), *ONE, dtype)
+
+
+def backward(grad, y, backward_coefficients, x, addend=None, dtype=torch.float32):
+    weight = torch.ones(8, 8, 1, 1, dtype=x.dtype, device=x.device)
+    return ops.conv_backward(grad, y, backward_coefficients, weight, x, None, *ONE, addend, dtype)
 
 
 BAD_ARGUMENTS = {
@@ -424,6 +511,26 @@ BAD_ARGUMENTS = {
         lambda t: ops.conv_dgrad(t(1, 8, 4, 4), None, None, t(8, 8, 1, 1), (5, 4), *ONE),
         ValueError,
         "grad: expected shape",
+    ),
+    "one_of_two_in_both": (
+        lambda t: backward(t(1, 8, 4, 4), t(1, 8, 4, 4), None, t(1, 8, 4, 4)),
+        ValueError,
+        "y, backward_coefficients: expected both or neither",
+    ),
+    "images_in_both": (
+        lambda t: backward(t(1, 8, 4, 4), t(1, 8, 4, 4), t(5, 8).float(), t(2, 8, 4, 4)),
+        ValueError,
+        r"grad: expected shape \[2, 8, 4, 4\]",
+    ),
+    "addend_in_both": (
+        lambda t: backward(t(1, 8, 4, 4), t(1, 8, 4, 4), t(5, 8).float(), t(1, 8, 4, 4), t(1, 8, 4, 3)),
+        ValueError,
+        "addend: expected",
+    ),
+    "result_dtype_in_both": (
+        lambda t: backward(t(1, 8, 4, 4), t(1, 8, 4, 4), t(5, 8).float(), t(1, 8, 4, 4), None, torch.float64),
+        TypeError,
+        "dtype: expected float32 or x's",
     ),
     "images": (
         lambda t: wgrad(t(1, 8, 4, 4), t(2, 8, 4, 4), torch.float32),
@@ -507,6 +614,7 @@ def test_no_activation_between_native_convolutions(device, training):
         names = launches(step)
     if training:
         assert {"resnet_fused::conv_fprop", "resnet_fused::conv_dgrad", "resnet_fused::conv_wgrad"} <= names
+        assert ("resnet_fused::conv_backward" in names) == (device.type == "cuda")
         assert not names & {"resnet_fused::bn_statistics", "resnet_fused::bn_backward_apply_"}
     else:
         assert "resnet_fused::conv_fprop_inference" in names and "resnet_fused::bn_apply" not in names

@@ -14,10 +14,13 @@ from benchmarks.counted_cost import (
     of_ours,
     total,
 )
-from benchmarks.passes import PASSES
+from benchmarks.passes import PASSES, Shape
 from resnet_fused.autograd import _Block
 
 pytestmark = [pytest.mark.cuda, needs_tensor_cores]
+
+
+NARROW = (Shape(64, 28, 256, 1, 1), Shape(256, 28, 64, 1, 1), Shape(64, 29, 64, 1, 1))
 
 
 @pytest.mark.each_value
@@ -44,6 +47,28 @@ def test_one_pass(sim_counters, name, which):
         assert stored == c["global_distinct_store_sectors"] * SECTOR
 
 
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_dgrad_and_wgrad_at_once(sim_counters, shape):
+    """Of narrow filters: g, y, x and the addend cross memory once, for both."""
+    passes = CountedPasses(1, shape)
+    c, sums = of_ours(sim_counters(passes.call_at_once))
+    assert c["shared_wavefronts"] == c["shared_ideal_wavefronts"]
+    assert sums["shared_wavefronts"] == sums["shared_ideal_wavefronts"]
+
+    tiles = -(-(shape.side**2) // 32)
+    assert c["mma_flops"] == 2 * 2 * tiles * 32 * shape.channels * shape.filters
+    read, written = passes.least_at_once
+    tables = 16 * 4 * (shape.channels + shape.filters)
+    assert read <= c["global_distinct_load_sectors"] * SECTOR <= read + tables
+    # The rest is a block's: its share of dw, and sums.
+    blocks = -(-tiles // 8)
+    left = blocks * 4 * (shape.channels * shape.filters + 2 * shape.channels)
+    stored = c["global_store_sectors"] * SECTOR
+    assert stored == c["global_distinct_store_sectors"] * SECTOR == written + left
+    # Each block asks for the weights and, thread by thread, for coefficients; all else is asked for once.
+    assert c["global_load_sectors"] * SECTOR <= read + blocks * (passes.passes.weight.nbytes + 12 * tables)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_moves_what_the_model_says(sim_counters, name):
     """Forward and backward of training against the count of tensors that have to be read and written."""
@@ -58,9 +83,10 @@ def test_a_block_moves_what_the_model_says(sim_counters, name):
     assert write <= stores <= 1.1 * write
     assert total(forward, "global_distinct_load_sectors") * SECTOR <= 1.1 * (read + step.weights)
 
-    # Without the partials of the splits that wgrad leaves and their sum reads.
+    # Without the partials of the splits that wgrad leaves, alone or with dgrad, and their sum reads.
     read, write = step.least["backward"]
     stores = total((c for c in backward if "wgrad" not in c["kernel"]), "global_distinct_store_sectors") * SECTOR
+    stores -= step.partials
     assert write + step.weights <= stores <= 1.1 * (write + step.weights)
     loads = total((c for c in backward if "add_splits" not in c["kernel"]), "global_distinct_load_sectors") * SECTOR
     assert loads <= 1.1 * (read + step.weights)

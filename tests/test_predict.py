@@ -100,6 +100,20 @@ def test_splits_are_of_what_wgrad_reads():
     assert predict.wgrad_splits(wide, 512, large=True) == 2
 
 
+def test_narrow_filters_are_read_once():
+    """Their dgrad and wgrad are one kernel, 10 passes over x, where y is four times as large, instead of 19."""
+    narrow = predict.Convolution(64, 256, 1, 56, 1, True)
+    others = [(64, 64, 3, 56, 1, True), (256, 512, 1, 56, 2, False), (128, 512, 1, 28, 1, True)]
+    for card in predict.CARDS:
+
+        def apart(c, card=card):
+            return sum(predict.native_seconds(card, c, which) for which in ("dgrad", "wgrad"))
+
+        assert predict.native_backward_seconds(card, narrow) < 0.7 * apart(narrow)
+        for c in (predict.Convolution(*arguments) for arguments in others):
+            assert predict.native_backward_seconds(card, c) == apart(c)
+
+
 def test_a_card_without_counts_is_served_by_older_ones():
     served, kernels = predict.instances("sm_89")
     assert served in ("sm_80", "sm_86", "sm_89") and all(kernels.values())

@@ -278,6 +278,12 @@ std::tuple<Tensor, Tensor> conv_dgrad(const Tensor& grad, const OptionalTensor& 
   return {dx, sums};
 }
 
+// Of a weight's gradient.
+void check_gradient_dtype(at::ScalarType dtype, const Tensor& x) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == x.scalar_type(), "dtype: expected float32 or x's ", x.scalar_type(),
+                   ", got ", dtype);
+}
+
 Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTensor& backward_coefficients,
                   const Tensor& x, const OptionalTensor& coefficients, IntArrayRef filter, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, at::ScalarType dtype) {
@@ -285,8 +291,7 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   check_conv_activation(x, "x");
   check_same(grad, "grad", x, "x");
   TORCH_CHECK_VALUE(filter.size() == 2, "filter: expected two integers, got ", filter);
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == x.scalar_type(), "dtype: expected float32 or x's ", x.scalar_type(),
-                   ", got ", dtype);
+  check_gradient_dtype(dtype, x);
   Tensor dw = at::empty({grad.size(1), x.size(1), filter[0], filter[1]},
                         x.options().dtype(dtype).memory_format(at::MemoryFormat::ChannelsLast));
   const Tensor dense_grad = conform(grad), dense_x = conform(x);
@@ -309,6 +314,60 @@ Tensor conv_wgrad(const Tensor& grad, const OptionalTensor& y, const OptionalTen
   return dw;
 }
 
+// 0 where dgrad and wgrad are two passes.
+int64_t one_read_tiles(const ConvBackend& backend, const ConvShape& shape, DType dtype) {
+  return backend.one_read_tiles == nullptr ? 0 : backend.one_read_tiles(shape, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& grad, const OptionalTensor& y,
+                                                 const OptionalTensor& backward_coefficients, const Tensor& weight,
+                                                 const Tensor& x, const OptionalTensor& coefficients,
+                                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                 const OptionalTensor& addend, at::ScalarType dtype) {
+  check_conv_activation(grad, "grad");
+  check_conv_activation(x, "x");
+  check_same(grad, "grad", x, "x");
+  check_weight(weight, x, "x");
+  BackwardParams p{};
+  p.shape = conv_shape(backend_of(x).limits, x.sizes(), weight.sizes(), stride, padding, dilation);
+  p.dtype = dtype_of(x, "x");
+  check_grad(grad, p.shape);
+  const bool masked = coefficients.has_value() && coefficients->defined();
+  const int64_t tiles = one_read_tiles(backend_of(x), p.shape, p.dtype);
+  if (tiles == 0 || !y.has_value() || !y->defined()) {
+    Tensor dw = conv_wgrad(grad, y, backward_coefficients, x, coefficients, weight.sizes().slice(2), stride, padding,
+                           dilation, dtype);
+    auto [dx, sums] = conv_dgrad(grad, y, backward_coefficients, weight, x.sizes().slice(2), stride, padding, dilation,
+                                 addend, masked ? OptionalTensor(x) : OptionalTensor(), coefficients);
+    return {dx, sums, dw};
+  }
+  check_gradient_dtype(dtype, x);
+  const Tensor dense_grad = conform(grad), dense_weight = conform(weight), dense_x = conform(x);
+  Tensor y_storage, dense_addend;
+  p.grad = output_gradient(dense_grad, y, backward_coefficients, y_storage);
+  p.weight = dense_weight.const_data_ptr();
+  p.x = dense_x.const_data_ptr();
+  p.coefficients = table_of(coefficients, "coefficients", kCoefficientRows, x.size(1), x);
+  Tensor dx = empty_activation(x, x.size(1), x.size(2), x.size(3));
+  if (addend.has_value() && addend->defined()) {
+    check_like(*addend, "addend", dx, "the input");
+    dense_addend = conform(*addend);
+    p.addend = dense_addend.const_data_ptr();
+  }
+  const auto floats = x.options().dtype(at::kFloat).memory_format(std::nullopt);
+  Tensor sums = at::empty({masked ? tiles : 0, 2, p.shape.c}, floats);
+  Tensor dw = at::empty(weight.sizes(), x.options().dtype(dtype).memory_format(at::MemoryFormat::ChannelsLast));
+  const Tensor workspace = empty_pooled(floats, {tiles * p.shape.k * p.shape.c}, at::MemoryFormat::Contiguous);
+  p.dx = dx.data_ptr();
+  p.sums = sums.data_ptr();
+  p.workspace = workspace.data_ptr<float>();
+  p.dw = dw.data_ptr();
+  p.dw_dtype = dtype_of(dw, "dtype");
+  const c10::DeviceGuard guard(x.device());
+  backend_of(x).backward(p);
+  return {dx, sums, dw};
+}
+
 }  // namespace
 
 const ConvBackend& conv_backend_of(c10::DeviceType device) {
@@ -319,9 +378,11 @@ const ConvBackend& conv_backend_of(c10::DeviceType device) {
 
 int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass, IntArrayRef x, IntArrayRef weight,
                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  TORCH_CHECK_VALUE(pass == "fprop" || pass == "dgrad", "pass: expected 'fprop' or 'dgrad', got '", pass, "'");
+  TORCH_CHECK_VALUE(pass == "fprop" || pass == "dgrad" || pass == "one_read",
+                    "pass: expected 'fprop', 'dgrad' or 'one_read', got '", pass, "'");
   const ConvBackend& backend = conv_backend_of(device);
   const ConvShape shape = conv_shape(backend.limits, x, weight, stride, padding, dilation);
+  if (pass == "one_read") return one_read_tiles(backend, shape, dtype);
   return pass == "fprop" ? backend.fprop_tiles(shape, dtype) : backend.dgrad_tiles(shape, dtype);
 }
 
@@ -337,6 +398,7 @@ void register_for_device(torch::Library& m) {
   m.impl("conv_fprop_inference", conv_fprop_inference);
   m.impl("conv_dgrad", conv_dgrad);
   m.impl("conv_wgrad", conv_wgrad);
+  m.impl("conv_backward", conv_backward);
 }
 }  // namespace
 
@@ -348,7 +410,8 @@ TORCH_LIBRARY_IMPL(resnet_fused, CUDA, m) { register_for_device(m); }
 
 // As the rest of the vocabulary, without a derivative of their own.
 TORCH_LIBRARY_IMPL(resnet_fused, Autograd, m) {
-  for (const char* name : {"conv_fprop", "conv_fprop_inference", "conv_dgrad", "conv_wgrad", "conv_pack"}) {
+  for (const char* name :
+       {"conv_fprop", "conv_fprop_inference", "conv_dgrad", "conv_wgrad", "conv_backward", "conv_pack"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -17,8 +17,8 @@ namespace resnet_fused {
 // Raises NotImplementedError for a device without.
 const ConvBackend& conv_backend_of(c10::DeviceType device);
 
-// How many tiles conv_fprop's statistics ("fprop") or conv_dgrad's sums ("dgrad") have; sizes [N, C, H, W] and
-// [K, C, R, S].
+// How many tiles conv_fprop's statistics ("fprop"), conv_dgrad's sums ("dgrad"), or those of one kernel for both of
+// conv_backward's passes ("one_read", 0 where there is none) have; sizes [N, C, H, W] and [K, C, R, S].
 int64_t conv_tiles(c10::DeviceType device, DType dtype, const std::string& pass, at::IntArrayRef x,
                    at::IntArrayRef weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation);
 

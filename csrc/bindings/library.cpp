@@ -57,6 +57,10 @@ TORCH_LIBRARY(resnet_fused, m) {
   m.def(
       "conv_wgrad(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor x, Tensor? coefficients, "
       "int[2] filter, int[2] stride, int[2] padding, int[2] dilation, ScalarType dtype) -> Tensor");
+  m.def(
+      "conv_backward(Tensor grad, Tensor? y, Tensor? backward_coefficients, Tensor weight, Tensor x, "
+      "Tensor? coefficients, int[2] stride, int[2] padding, int[2] dilation, Tensor? addend, ScalarType dtype) "
+      "-> (Tensor, Tensor, Tensor)");
 
   // Max pooling: on the CPU, results channels_last.
   m.def(

@@ -134,6 +134,8 @@ const ConvBackend* cuda_conv_backend() {
       nullptr,
       nullptr,
       nullptr,
+      cuda::one_read_tiles,
+      cuda::on_current_stream<cuda::backward, BackwardParams, &cuda::Reasons::convolutions>,
   };
   return &backend;
 }

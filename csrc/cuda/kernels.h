@@ -28,6 +28,7 @@ cudaError_t relu_backward_add(const ReluBackwardAddParams& p, cudaStream_t strea
 cudaError_t fprop(const FpropParams& p, cudaStream_t stream);
 cudaError_t dgrad(const DgradParams& p, cudaStream_t stream);
 cudaError_t wgrad(const WgradParams& p, cudaStream_t stream);
+cudaError_t backward(const BackwardParams& p, cudaStream_t stream);
 
 // For the launches: how many blocks of kThreads threads of `kernel` the current device runs at the same time.
 int64_t resident_blocks(const void* kernel);

@@ -128,6 +128,8 @@ const ConvBackend& cpu_conv_backend() {
       cpu::kept_bytes,
       cpu::pack_to_keep,
       cpu::algorithm,
+      nullptr,
+      nullptr,
   };
   return backend;
 }

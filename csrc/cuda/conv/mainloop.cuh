@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The one main loop of all convolutions: a ring of kStages stages filled by cp.async, one barrier per stage.
+// The main loop of fprop, dgrad and wgrad: a ring of kStages stages filled by cp.async, one barrier per stage.
 #pragma once
 
 #include "tile.cuh"

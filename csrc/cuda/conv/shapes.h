@@ -173,4 +173,24 @@ constexpr int64_t wgrad_workspace(const ConvShape& s, DType dtype, DType dw) {
   return wgrad_is_direct(s, dtype, dw) ? 0 : wgrad_splits(s, dtype) * s.k * s.r * s.s * s.c;
 }
 
+// dgrad and wgrad of 1x1 filters from one read: dW of all channels stays in a block's registers, so that one side has
+// at most kNarrow and the other kWide channels. Of 16-bit types: dy is formed once, in shared memory.
+inline constexpr int kNarrow = 64, kWide = 256;
+
+constexpr bool reads_once(const ConvShape& s, DType dtype) {
+  const bool plain = s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0;
+  const int narrow = s.k < s.c ? s.k : s.c, wide = s.k < s.c ? s.c : s.k;
+  return plain && narrow <= kNarrow && wide <= kWide && dtype != DType::Float32;
+}
+
+// A block takes every blocks-th tile of kOneReadPixels pixels. At most, three or four blocks follow each other on a
+// multiprocessor; the partials of dW are few against the operands, a fifth where a block has kLeastTiles tiles.
+inline constexpr int kOneReadPixels = 32;
+constexpr int64_t one_read_tiles(const ConvShape& s, DType dtype) {
+  constexpr int64_t kLeastTiles = 8, kMostBlocks = 432;
+  if (!reads_once(s, dtype)) return 0;
+  const int64_t blocks = ceil_div(ceil_div(output_pixels(s), kOneReadPixels), kLeastTiles);
+  return blocks < kMostBlocks ? blocks : kMostBlocks;
+}
+
 }  // namespace resnet_fused::cuda

@@ -7,6 +7,7 @@
 // Reads what forms dy (one or two tensors) and x once per tile of the other side; writes the partials, reads them again
 // and writes dW, or dW at once where there is one split.
 #include "../kernels.h"
+#include "add_splits.cuh"
 #include "launch_conv.cuh"
 #include "mainloop.cuh"
 #include "pixel_operands.cuh"
@@ -67,37 +68,6 @@ __global__ void __launch_bounds__(Tile::kBlockThreads, kBlocks<Tile, PrologueA, 
 #endif
 }
 
-// Adds the splits, four values per thread, and converts.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    add_splits(const float* __restrict__ workspace, typename T::Value* __restrict__ dw, int64_t vectors, int splits) {
-  for (int64_t v = int64_t{blockIdx.x} * kThreads + threadIdx.x; v < vectors; v += int64_t{gridDim.x} * kThreads) {
-    auto sum = load_vector<4>(workspace + 4 * v);
-#pragma unroll 4
-    for (int split = 1; split < splits; ++split) {
-      const auto part = load_vector<4>(workspace + 4 * (split * vectors + v));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += part[i];
-    }
-    Vector<typename T::Value, 4> result;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result[i] = T::store(sum[i]);
-    store_vector(dw + 4 * v, result);
-  }
-}
-
-cudaError_t launch_add_splits(const WgradParams& p, int splits, cudaStream_t stream) {
-  const ConvShape& s = p.shape;
-  const int64_t vectors = int64_t{s.k} * s.r * s.s * s.c / 4;
-  const unsigned blocks = grid_size(ceil_div(vectors, kThreads));
-  const auto launch = [&](auto t) {
-    using T = decltype(t);
-    add_splits<T><<<blocks, kThreads, 0, stream>>>(p.workspace, static_cast<typename T::Value*>(p.dw), vectors, splits);
-    return cudaGetLastError();
-  };
-  return dispatch_conv_dtype(p.dw_dtype, launch);
-}
-
 }  // namespace
 
 cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
@@ -125,7 +95,8 @@ cudaError_t wgrad(const WgradParams& p, cudaStream_t stream) {
     return dispatch_tile(wgrad_tile(s), launch);
   });
   if (error != cudaSuccess || wgrad_is_direct(s, p.dtype, p.dw_dtype)) return error;
-  return launch_add_splits(p, static_cast<int>(splits), stream);
+  return launch_add_splits(p.workspace, static_cast<int>(splits), int64_t{s.k} * s.r * s.s * s.c, p.dw, p.dw_dtype,
+                           stream);
 }
 
 }  // namespace resnet_fused::cuda
