@@ -10,13 +10,21 @@ Every process merges what it got in the order of ranks, so that all have the sam
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused import ops
+
+_alone: ContextVar[bool] = ContextVar("resnet_fused_alone", default=False)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Exchange(NamedTuple):
@@ -35,6 +43,8 @@ class Exchange(NamedTuple):
 
     def gather(self, table: Tensor) -> Tensor:
         """``table`` ``[1, rows, C]`` of every process, in the order of ranks: ``[processes, rows, C]``."""
+        if _alone.get():
+            return table
         return ops.all_gather(table, self._resolved().size(), self.group)
 
     def gather_statistics(self, statistics: Tensor) -> Tensor:
@@ -94,3 +104,22 @@ def exchange_of(module: Any) -> Exchange | None:
     group: Any = module.process_group or dist.group.WORLD
     # A process outside of the group is by itself, as in eager.
     return Exchange(group.group_name) if dist.get_world_size(group) > 1 else None
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the ``with`` block forward exchanges nothing, so that one process may run it by itself.
+
+    Asked where a gather would be rather than in :func:`exchange_of`, whose answer torch.compile keeps.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def copy_of(model: M) -> M:
+    """A deep copy that shares the process groups of synchronised batch norms, which are handles and can't be copied."""
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from resnet_fused.autograd import _Block
 from resnet_fused.block import Plan
 from resnet_fused.choice import Use
 from resnet_fused.counting import Operators, bytes_kept
+from resnet_fused.distributed import copy_of, exchange_of
 from resnet_fused.engine import current_engine, engine
 from resnet_fused.planner import decide
 from resnet_fused.surgery import FuseReport, fuse
@@ -200,9 +200,17 @@ def explain(
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if ``rounds`` is less than 1, or ``input`` holds no tensor.
+        ValueError: if ``rounds`` is less than 1, or ``input`` holds no tensor, or batch norms would exchange
+            statistics with other processes: their times would be those of the slowest one.
     """
     check_model(model)
+    for name, m in model.named_modules():
+        trains = m.training if training is None else training
+        if isinstance(m, nn.SyncBatchNorm) and trains and exchange_of(m) is not None:
+            raise ValueError(
+                f"model: expected one that runs in this process alone, got {name!r}, an nn.SyncBatchNorm of several "
+                "processes: explain it before torch.distributed is initialised"
+            )
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     arguments = tuple(input) if isinstance(input, (list, tuple)) else (input,)
@@ -215,7 +223,7 @@ def explain(
 
 
 def _copy(model: nn.Module, training: bool | None) -> nn.Module:
-    twin = copy.deepcopy(model)  # parameters without their gradients
+    twin = copy_of(model)  # parameters without their gradients
     return twin if training is None else twin.train(training)
 
 

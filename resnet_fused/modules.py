@@ -72,6 +72,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         relu: whether a ReLU follows, keyword only.
 
     Shape: ``[N, C, H, W]`` to the same; the shortcut likewise.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` puts a batch norm alone in its place.
     """
 
     def __init__(self, *args, relu: bool = True, **kwargs):

@@ -141,15 +141,22 @@ def bn_backward_reduce(
     return (masked if write_grad else y.new_empty(0)), torch.stack(sums).unsqueeze(0), activation
 
 
+def _shares_of_statistics(
+    coefficients: Tensor, d_weight: Tensor, d_bias: Tensor, count: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """b and c of ``dy = a*g + b*y + c``, from the sums over ``count`` values."""
+    mean, invstd, scale, _ = coefficients
+    return -scale * invstd * d_weight / count, scale * (mean * invstd * d_weight - d_bias) / count
+
+
 def bn_backward_finalize(
     sums: Tensor, coefficients: Tensor, branch: int, count: int, batch_statistics: bool
 ) -> Tensor:
     """``[5, C]``: d_weight, d_bias, a, b, c with ``dy = a*g + b*y + c`` (Ioffe & Szegedy 2015, section 3)."""
-    mean, invstd, scale, _ = coefficients
+    _, invstd, scale, _ = coefficients
     d_bias, d_weight = sums.sum(0)[0], sums.sum(0)[1 + branch] * invstd
     if batch_statistics:
-        b = -scale * invstd * d_weight / count
-        c = scale * (mean * invstd * d_weight - d_bias) / count
+        b, c = _shares_of_statistics(coefficients, d_weight, d_bias, count)
     else:
         b = c = torch.zeros_like(scale)
     return torch.stack((d_weight, d_bias, scale, b, c))
@@ -157,10 +164,8 @@ def bn_backward_finalize(
 
 def bn_backward_merge_(backward_coefficients: Tensor, gathered: Tensor, coefficients: Tensor, branch: int) -> Tensor:
     """b and c over the values of several processes."""
-    mean, invstd, scale, _ = coefficients
     d_weight, d_bias, count = gathered.sum(0)[[2 * branch, 2 * branch + 1, -1]]
-    backward_coefficients[3] = -scale * invstd * d_weight / count
-    backward_coefficients[4] = scale * (mean * invstd * d_weight - d_bias) / count
+    backward_coefficients[3:] = torch.stack(_shares_of_statistics(coefficients, d_weight, d_bias, count))
     return backward_coefficients
 
 

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""What each process of tests/test_distributed.py does: checks by name, each of them by all processes at once."""
+"""What each process of tests/test_distributed.py does: checks by name, each of them by all processes at once.
+
+Processes exchange by gloo, which takes tensors of the CPU and of a GPU that processes share.
+"""
 
 import contextlib
+import copy
+import dataclasses
 import datetime
 import functools
 import json
+import os
 import sys
+import threading
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -15,6 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from thinning import missing
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,11 +30,22 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import resnet_fused as rf
-from resnet_fused.distributed import Exchange
+from resnet_fused import ops
 from resnet_fused.planner import decide
+from resnet_fused.planner.entry import EAGER
 from resnet_fused.testing import assert_passed, compare_observations
 
 CHECKS = {}
+NEEDS = {"timm_batch_norms_with_an_activation": ("timm",)}  # what is not always installed
+ON_A_GPU = (
+    "as_torchs",
+    "engines",
+    "one_gather_in_each_direction",
+    "settings_of_batch_norms",
+    "sixteen_bits",
+    "training_mode_without_gradients",
+)
+device = "cpu"  # main says
 CLOSE = 1e-10  # in float64
 # Images of each process, by how many processes there are.
 UNEQUAL = {2: (2, 5), 3: (4, 1, 3)}
@@ -61,7 +80,7 @@ def make(norm=nn.BatchNorm2d, dtype=torch.float64):
         if isinstance(m, nn.BatchNorm2d) and m.affine:
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.normal_(m.bias)
-    return model.to(dtype, memory_format=torch.channels_last)
+    return model.to(device, dtype, memory_format=torch.channels_last)
 
 
 def sync(model, group=None):
@@ -79,7 +98,7 @@ def batch(images, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(images, 3, 10, 8, generator=generator, dtype=torch.float64) + 3
     weight = torch.randn(images, 3, generator=generator, dtype=torch.float64)
-    return x.to(dtype, memory_format=torch.channels_last), weight.to(dtype)
+    return x.to(device, dtype, memory_format=torch.channels_last), weight.to(device, dtype)
 
 
 def share_of(counts, rank=None):
@@ -94,7 +113,7 @@ def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def train(model, run, x, weight, scale=1, reduce=lambda model: None, steps=2):
+def train(model, run, x, weight, scale=1, reduce=lambda model: None, steps=2, backward=torch.Tensor.backward):
     """All that comes out of steps of SGD on the loss ``scale * (run(x) * weight).sum()``."""
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     seen = {}
@@ -102,18 +121,23 @@ def train(model, run, x, weight, scale=1, reduce=lambda model: None, steps=2):
         optimizer.zero_grad()
         mine = x.detach().requires_grad_()
         out = run(mine)
-        (scale * out * weight).sum().backward()
+        backward((scale * out * weight).sum())
         reduce(model)
         seen |= {f"output {step}": out.detach(), f"gradient of x {step}": mine.grad / scale}
-        seen |= {f"gradient of {name} {step}": whole(p.grad).clone() for name, p in model.named_parameters()}
+        learnt = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        seen |= {f"gradient of {name} {step}": whole(grad).clone() for name, grad in learnt.items()}
         optimizer.step()
     seen |= {f"parameter {name}": whole(p.detach()).clone() for name, p in model.named_parameters()}
     return seen | {f"buffer {name}": b.clone() for name, b in model.named_buffers()}
 
 
-def in_one_process(counts, norm=nn.BatchNorm2d, dtype=torch.float64, share=None, around=lambda run: run, **options):
+def in_one_process(
+    counts, norm=nn.BatchNorm2d, dtype=torch.float64, share=None, around=lambda run: run, prepare=None, **options
+):
     """What eager execution of the whole batch gives, cut to this process's share. ``around``: how a model is called."""
     model, share = make(norm, dtype), share_of(counts) if share is None else share
+    if prepare is not None:
+        prepare(model)
     seen = train(model, around(model), *batch(sum(counts), dtype), **options)
     return {k: v[share] if k.startswith(("output", "gradient of x")) else v for k, v in seen.items()}
 
@@ -141,30 +165,32 @@ def sum_gradients(model, group=None):
             dist.all_reduce(p.grad, group=group)
 
 
-def equals_one_process(counts, norm=nn.BatchNorm2d, wrap=None):
+def equals_one_process(counts, norm=nn.BatchNorm2d, wrap=None, prepare=None, **options):
     """A synchronised model on this process's share against one process. ``wrap``: DDP's or FSDP2's way to make it."""
     x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
     model = make(norm)
+    if prepare is not None:
+        prepare(model)
     if wrap is not None:
         run = wrap(model)
         found = train(model, run, x, weight, scale=dist.get_world_size())  # the average of these is the sum
     else:
         run = fused(sync(model))
-        found = train(model, run, x, weight, reduce=sum_gradients)
-    assert_close(found, in_one_process(counts, norm))
+        found = train(model, run, x, weight, reduce=sum_gradients, **options)
+    assert_close(found, in_one_process(counts, norm, prepare=prepare))
     assert_same_bits({k: v for k, v in found.items() if k.startswith(("parameter", "buffer"))})
 
 
 @contextlib.contextmanager
 def gathered():
     """How often tables of how many rows were exchanged."""
-    seen, original = Counter(), Exchange.gather
+    seen, original = Counter(), ops.all_gather
 
-    def gather(self, table):
+    def gather(table, *group):
         seen[table.shape[1]] += 1
-        return original(self, table)
+        return original(table, *group)
 
-    with mock.patch.object(Exchange, "gather", gather):
+    with mock.patch.object(ops, "all_gather", gather):
         yield seen
 
 
@@ -227,13 +253,66 @@ def minimal_memory():
         rf.set_memory(model, "minimal")
         return wrapped
 
-    equals_one_process(UNEQUAL[dist.get_world_size()], wrap=minimal)
+    for counts in (UNEQUAL, EMPTY):
+        equals_one_process(counts[dist.get_world_size()], wrap=minimal)
 
 
 @check
 def settings_of_batch_norms():
     for options in ({"momentum": None}, {"affine": False}, {"track_running_stats": False}):
         equals_one_process(UNEQUAL[dist.get_world_size()], functools.partial(nn.BatchNorm2d, **options))
+
+
+@check
+def frozen_layers():
+    """Gammas that are not learnt, nothing that is, batch norms that evaluate beside others that train."""
+
+    def gammas(model):
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.weight.requires_grad_(False)
+
+    def everything(model):
+        model.requires_grad_(False).head.requires_grad_(True)
+
+    def evaluating(model):
+        model.basic.bn2.eval()
+        model.bottleneck.downsample[1].eval()
+
+    for prepare in (gammas, everything, evaluating):
+        equals_one_process(UNEQUAL[dist.get_world_size()], prepare=prepare)
+
+
+@check
+def training_mode_without_gradients():
+    """As when running statistics are made anew: they are those of all processes."""
+    counts = UNEQUAL[dist.get_world_size()]
+    model, expected = fused(sync(make())), make()
+    x, _ = batch(sum(counts))
+    with torch.no_grad(), gathered() as seen:
+        found = {"output": model(x[share_of(counts)])} | dict(model.named_buffers())
+        expected = {"output": expected(x)[share_of(counts)]} | dict(expected.named_buffers())
+    assert seen == {3: 8}
+    assert_close(found, expected)
+
+
+@check
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        equals_one_process(UNEQUAL[dist.get_world_size()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@check
+def backward_in_another_thread():
+    def backward(loss):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+    equals_one_process(UNEQUAL[dist.get_world_size()], backward=backward)
 
 
 @check
@@ -267,6 +346,25 @@ def float32_within_the_policy():
 
 
 @check
+def sixteen_bits():
+    """Autocast, and weights of 16 bits, with an empty process, too: as far from float64 as the fused network in one."""
+
+    def casting(run):
+        return torch.autocast(device, torch.bfloat16)(run)
+
+    for images in (UNEQUAL, EMPTY):
+        counts = images[dist.get_world_size()]
+        reference = in_one_process(counts, steps=1)
+        for dtype, around in ((torch.float32, casting), (torch.bfloat16, lambda run: run)):
+            whole_batch = in_one_process(counts, dtype=dtype, around=lambda run, a=around: a(fused(run)), steps=1)
+            model = fused(sync(make(dtype=dtype)))
+            x, weight = (t[share_of(counts)] for t in batch(sum(counts), dtype))
+            found = train(model, around(model), x, weight, reduce=sum_gradients, steps=1)
+            present = {name: t for name, t in whole_batch.items() if t.numel()}
+            assert_passed(compare_observations(found, present, reference, precision=torch.bfloat16))
+
+
+@check
 def second_derivatives():
     counts = UNEQUAL[dist.get_world_size()]
 
@@ -287,28 +385,43 @@ def second_derivatives():
 
 @check
 def compiled():
-    counts = UNEQUAL[dist.get_world_size()]
-    x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
-    model = fused(sync(make()))
-    model.bottleneck.compile(fullgraph=True, backend="aot_eager")
-    with gathered() as seen:
-        found = train(model, model, x, weight, reduce=sum_gradients)
-    assert_close(found, in_one_process(counts))
-    assert seen == {3: 2 * (8 + 6), 5: 2}
+    for images in (UNEQUAL, EMPTY):
+        counts = images[dist.get_world_size()]
+        x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
+        model = fused(sync(make()))
+        model.bottleneck.compile(fullgraph=True, backend="aot_eager")
+        with gathered() as seen:
+            found = train(model, model, x, weight, reduce=sum_gradients)
+        assert_close(found, in_one_process(counts))
+        assert seen == {3: 2 * (8 + 6), 5: 2}
+
+
+@check
+def compiled_with_another_group():
+    """What was compiled does not keep the group that it was compiled with."""
+    block, x = rf.ConvBNAct2d(3, 4, 1, norm_layer=nn.SyncBatchNorm), torch.randn(2, 3, 4, 4)
+    run = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for ranks in (None, [[r] for r in range(dist.get_world_size())], None):
+        if ranks is not None:
+            block.bn.process_group = [dist.new_group(own) for own in ranks][dist.get_rank()]
+        else:
+            block.bn.process_group = None
+        with gathered() as seen:
+            run(x)
+        assert seen == ({3: 1} if ranks is None else {}), (ranks, seen)
 
 
 @check
 def checkpointed():
     """Forward runs again in backward, and the exchange with it, in all processes."""
 
-    def around(run):
-        return functools.partial(checkpoint, run, use_reentrant=False)
-
-    counts = UNEQUAL[dist.get_world_size()]
-    x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
-    model = fused(sync(make()))
-    found = train(model, around(model), x, weight, reduce=sum_gradients)
-    assert_close(found, in_one_process(counts, around=around))
+    for reentrant in (False, True):
+        around = functools.partial(functools.partial, checkpoint, use_reentrant=reentrant)
+        counts = UNEQUAL[dist.get_world_size()]
+        x, weight = (t[share_of(counts)] for t in batch(sum(counts)))
+        model = fused(sync(make()))
+        found = train(model, around(model), x, weight, reduce=sum_gradients)
+        assert_close(found, in_one_process(counts, around=around))
 
 
 @check
@@ -322,6 +435,88 @@ def engines_that_differ_between_processes():
         found = train(model, model, x, weight, reduce=sum_gradients, steps=1)
     assert_passed(compare_observations(found, eager, reference, precision=torch.float32))
     assert_same_bits({k: v for k, v in found.items() if k.startswith(("parameter", "buffer"))})
+
+
+@check
+def planned_by_one_process():
+    """And measured on first use by each; eager execution, which a plan may ask for, would exchange nothing."""
+    model, (x, _) = fused(sync(make(dtype=torch.float32))), batch(2, torch.float32)
+    with gathered() as seen:
+        if dist.get_rank() == 0:
+            report = rf.plan(model, x)
+            for planned in report.blocks:
+                decide.decide(planned.key, dataclasses.replace(planned.entry, choices=EAGER))
+        dist.barrier()
+        assert not any(b.any() for name, b in model.named_buffers() if name.endswith("running_mean"))
+        model(x).sum().backward()
+    decide.forget(plans=True)
+    assert seen == {3: 8 + 6, 5: 1}, seen
+    with mock.patch.dict(os.environ, RESNET_FUSED_PLAN="measure"), gathered() as seen:
+        model(x).sum().backward()
+    decide.forget(plans=True)
+    assert seen == {3: 8 + 6, 5: 1}, seen
+
+
+@check
+def what_looks_at_a_model():
+    """explain measures one process alone; copies share a model's process groups."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    model, x = fused(sync(make(), group)), batch(2)[0]
+    raises(ValueError, "got 'stem.1', an nn.SyncBatchNorm of several processes", rf.explain, model, x)
+    rf.explain(model, x, training=False, rounds=1)
+    with torch.no_grad():
+        assert_close({"": rf.fold(model)(x)}, {"": make().eval()(x)})
+
+
+@check
+def subclasses():
+    """One that changes nothing is fused; one with a forward of its own is called, in the midst of what is fused."""
+
+    class Renamed(nn.SyncBatchNorm):
+        pass
+
+    class Own(nn.SyncBatchNorm):
+        def forward(self, x):
+            return x * self.weight.view(1, -1, 1, 1)
+
+    counts = UNEQUAL[dist.get_world_size()]
+    x = batch(sum(counts))[0]
+    for cls, exchanged in ((Renamed, 8), (Own, 7)):
+        model, expected = sync(make()), make()
+        model.basic.bn2.__class__ = cls
+        if cls is Own:
+            expected.basic.bn2.forward = functools.partial(cls.forward, expected.basic.bn2)
+        report = rf.fuse(model)
+        assert (report.batch_norms.training, report.batch_norms.total) == (exchanged, 8), report
+        with torch.no_grad(), gathered() as seen:
+            assert_close({"": model(x[share_of(counts)])}, {"": expected(x)[share_of(counts)]})
+        assert seen == {3: exchanged}
+
+
+@check
+def timm_batch_norms_with_an_activation():
+    import timm
+
+    torch.manual_seed(0)
+    expected = timm.create_model("efficientnet_b0", num_classes=4, drop_rate=0.0, drop_path_rate=0.0)
+    blocks = nn.Sequential(expected.conv_stem, expected.bn1, *expected.blocks[:2]).double()
+    model = timm.layers.convert_sync_batchnorm(copy.deepcopy(blocks))
+    kinds = Counter(type(m).__name__ for m in model.modules() if isinstance(m, nn.SyncBatchNorm))
+    assert kinds["SyncBatchNormAct"] == kinds.total()
+    fused(model)
+    counts = UNEQUAL[dist.get_world_size()]
+    x = torch.randn(sum(counts), 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for module, mine in ((model, x[share_of(counts)]), (blocks, x)):
+        with gathered() as seen:
+            out = module(mine)
+            out.square().sum().backward()
+        if module is model:
+            assert seen == {3: 2 * kinds.total()}
+            sum_gradients(model)
+        results.append({n: p.grad for n, p in module.named_parameters()} | dict(module.named_buffers()))
+        results[-1]["output"] = out.detach() if module is model else out.detach()[share_of(counts)]
+    assert_close(*results)
 
 
 @check
@@ -395,16 +590,36 @@ def a_group_that_is_gone():
 
 
 @check
-def torch_refuses_it_unfused():
-    raises(ValueError, "SyncBatchNorm expected input tensor to be on GPU", sync(make()), batch(2)[0])
+def as_torchs():
+    """PyTorch's own, which refuses the CPU. A process without images it leaves without gradients."""
+    if device == "cpu":
+        hooked = fused(sync(make()))
+        hooked.stem[1].register_forward_hook(lambda *_: None)  # whose layer is called
+        for model in (sync(make()), hooked):
+            raises(ValueError, "SyncBatchNorm expected input tensor to be on GPU", model, batch(2)[0])
+        return
+    counts = UNEQUAL[dist.get_world_size()]
+    for dtype in (torch.float64, torch.float32):
+        x, weight = (t[share_of(counts)] for t in batch(sum(counts), dtype))
+        eager, model = sync(make(dtype=dtype)), fused(sync(make(dtype=dtype)))
+        expected, found = (train(m, m, x, weight, reduce=sum_gradients, steps=1) for m in (eager, model))
+        if dtype == torch.float64:
+            assert_close(found, expected)
+        else:
+            reference = in_one_process(counts, steps=1)
+            assert_passed(compare_observations(found, expected, reference, precision=dtype))
 
 
-def main(folder, store, rank, world):
+def main(where, folder, store, rank, world):
+    global device
+    device = where
     torch.set_num_threads(1)
     timeout = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     seen = {}
     for name, function in CHECKS.items():
+        if missing(*NEEDS.get(name, ())) or (device != "cpu" and name not in ON_A_GPU):
+            continue
         try:
             function()
             seen[name] = None
@@ -417,4 +632,4 @@ def main(folder, store, rank, world):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))

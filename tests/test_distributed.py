@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""SyncBatchNorm, DDP and FSDP2 in two and three processes (gloo) against one process with the whole batch.
+"""SyncBatchNorm, DDP and FSDP2 in two and three processes (gloo) against one process with the whole batch, on the CPU
+and in part on a GPU, where PyTorch's own SyncBatchNorm is there to compare with.
 
 The processes start once; each runs all of `distributed_checks.py` and writes down what it found.
 """
@@ -14,6 +15,7 @@ import distributed_checks
 import pytest
 import torch
 from scripts import environment
+from thinning import missing
 from torch import nn
 
 import resnet_fused as rf
@@ -23,15 +25,15 @@ SCRIPT = Path(distributed_checks.__file__)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """By the number of processes, for each process the error of each check that failed."""
+    """By the number of processes and their device, for each process the error of each check that failed."""
     known = {}
 
-    def run(processes):
-        if processes not in known:
+    def run(processes, device="cpu"):
+        if (processes, device) not in known:
             folder = tmp_path_factory.mktemp("distributed")
             started = [
                 subprocess.Popen(
-                    [sys.executable, SCRIPT, folder, folder / "store", str(rank), str(processes)],
+                    [sys.executable, SCRIPT, device, folder, folder / "store", str(rank), str(processes)],
                     env=environment() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
@@ -42,21 +44,32 @@ def found(tmp_path_factory):
             outputs = [process.communicate(timeout=600)[0] for process in started]
             written = [folder / f"{rank}.json" for rank in range(processes)]
             assert all(path.exists() for path in written), outputs
-            known[processes] = [json.loads(path.read_text()) for path in written]
-        return known[processes]
+            known[processes, device] = [json.loads(path.read_text()) for path in written]
+        return known[processes, device]
 
     return run
 
 
+needs_installed = pytest.mark.skip_where(reason=lambda check: missing(*distributed_checks.NEEDS.get(check, ())))
+
+
+@needs_installed
 @pytest.mark.parametrize("check", distributed_checks.CHECKS)
 def test_two_processes(found, check):
     assert_passed(found(2), check)
 
 
+@needs_installed
 @pytest.mark.slow(reason="three processes, each of which imports torch")
 @pytest.mark.parametrize("check", distributed_checks.CHECKS)
 def test_three_processes(found, check):
     assert_passed(found(3), check)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("check", distributed_checks.ON_A_GPU)
+def test_two_processes_on_a_gpu(found, check):
+    assert_passed(found(2, "cuda"), check)
 
 
 def assert_passed(of_processes, check):

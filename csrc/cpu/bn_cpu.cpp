@@ -208,34 +208,41 @@ void backward_reduce(const BackwardReduceParams& p) {
 }
 
 // dy = a*g + b*y + c with a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M
-// (Ioffe & Szegedy 2015, section 3, solved for dy).
+// (Ioffe & Szegedy 2015, section 3, solved for dy): b and c of channel c, `per_value` being 1/M.
+template <class Acc>
+void write_shares(Acc* out, const Acc* forward, int64_t channels, double grad_weight, double grad_bias,
+                  double per_value) {
+  const double mean = forward[kMean * channels];
+  const double invstd = forward[kInvstd * channels];
+  const double factor = forward[kScale * channels] * per_value;
+  out[kB * channels] = static_cast<Acc>(-factor * invstd * grad_weight);
+  out[kC * channels] = static_cast<Acc>(factor * (mean * invstd * grad_weight - grad_bias));
+}
+
 void backward_finalize(const BackwardFinalizeParams& p) {
   with_acc(p.double_precision, [&](auto zero) {
     using Acc = decltype(zero);
     const int64_t channels = p.channels;
     for (int64_t c = 0; c < channels; ++c) {
       const Acc* forward = static_cast<const Acc*>(p.coefficients) + c;
-      const double mean = forward[kMean * channels];
       const double invstd = forward[kInvstd * channels];
-      const double scale = forward[kScale * channels];
       double grad_bias = 0, grad_weight = 0;
       for (int64_t t = 0; t < p.tiles; ++t) {
         const Acc* sums = static_cast<const Acc*>(p.sums) + t * p.sums_rows * channels + c;
         grad_bias += sums[0];
         grad_weight += sums[(1 + p.branch) * channels] * invstd;
       }
-      const double per_value = p.batch_statistics ? scale / static_cast<double>(p.count) : 0.0;
       Acc* out = static_cast<Acc*>(p.backward_coefficients) + c;
       out[kGradWeight * channels] = static_cast<Acc>(grad_weight);
       out[kGradBias * channels] = static_cast<Acc>(grad_bias);
-      out[kA * channels] = static_cast<Acc>(scale);
-      out[kB * channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
-      out[kC * channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - grad_bias));
+      out[kA * channels] = forward[kScale * channels];
+      const double per_value = p.batch_statistics ? 1.0 / static_cast<double>(p.count) : 0.0;
+      write_shares(out, forward, channels, grad_weight, grad_bias, per_value);
     }
   });
 }
 
-// b and c as in backward_finalize, over the values of all processes.
+// b and c over the values of all processes.
 void backward_merge(const BackwardMergeParams& p) {
   with_acc(p.double_precision, [&](auto zero) {
     using Acc = decltype(zero);
@@ -249,11 +256,8 @@ void backward_merge(const BackwardMergeParams& p) {
         count += of_process[(p.rows - 1) * channels];
       }
       const Acc* forward = static_cast<const Acc*>(p.coefficients) + c;
-      const double invstd = forward[kInvstd * channels];
-      const double per_value = forward[kScale * channels] / count;
       Acc* out = static_cast<Acc*>(p.backward_coefficients) + c;
-      out[kB * channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
-      out[kC * channels] = static_cast<Acc>(per_value * (forward[kMean * channels] * invstd * grad_weight - grad_bias));
+      write_shares(out, forward, channels, grad_weight, grad_bias, 1.0 / count);
     }
   });
 }

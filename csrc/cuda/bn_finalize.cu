@@ -165,8 +165,18 @@ __global__ void frozen_coefficients(const CoefficientsParams p) {
                      1.0 / sqrt(load(p.running_var, c) + p.eps), p.weight, p.bias);
 }
 
-// a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M (Ioffe & Szegedy 2015, section 3,
-// solved for dy).
+// dy = a*g + b*y + c with a = scale, b = -scale*invstd*d_gamma/M, c = scale*(mean*invstd*d_gamma - d_beta)/M
+// (Ioffe & Szegedy 2015, section 3, solved for dy): b and c of a channel, `per_value` being 1/M.
+template <class Acc>
+__device__ void write_shares(Acc* out, const Acc* forward, int64_t channels, double grad_weight, double grad_bias,
+                             double per_value) {
+  const double mean = forward[kMean * channels];
+  const double invstd = forward[kInvstd * channels];
+  const double factor = forward[kScale * channels] * per_value;
+  out[kB * channels] = static_cast<Acc>(-factor * invstd * grad_weight);
+  out[kC * channels] = static_cast<Acc>(factor * (mean * invstd * grad_weight - grad_bias));
+}
+
 // `Tile`: double where the sums are those of groups.
 template <class Acc, class Tile>
 __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
@@ -177,20 +187,16 @@ __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
   if (threadIdx.y != 0 || channel >= p.channels) return;
 
   const auto* forward = static_cast<const Acc*>(p.coefficients) + channel;
-  const double mean = forward[kMean * p.channels];
-  const double invstd = forward[kInvstd * p.channels];
-  const double scale = forward[kScale * p.channels];
-  const double grad_weight = total.product * invstd;
-  const double per_value = p.batch_statistics ? scale / static_cast<double>(p.count) : 0.0;
+  const double grad_weight = total.product * forward[kInvstd * p.channels];
   auto* out = static_cast<Acc*>(p.backward_coefficients) + channel;
   out[kGradWeight * p.channels] = static_cast<Acc>(grad_weight);
   out[kGradBias * p.channels] = static_cast<Acc>(total.grad);
-  out[kA * p.channels] = static_cast<Acc>(scale);
-  out[kB * p.channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
-  out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - total.grad));
+  out[kA * p.channels] = forward[kScale * p.channels];
+  const double per_value = p.batch_statistics ? 1.0 / static_cast<double>(p.count) : 0.0;
+  write_shares(out, forward, p.channels, grad_weight, total.grad, per_value);
 }
 
-// b and c as in backward_finalize_channels, over the values of all processes, in the order of their ranks.
+// b and c over the values of all processes, in the order of their ranks.
 template <class Acc>
 __global__ void backward_merge_channels(const BackwardMergeParams p) {
   const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -203,12 +209,8 @@ __global__ void backward_merge_channels(const BackwardMergeParams p) {
     count += of_process[(p.rows - 1) * p.channels];
   }
   const auto* forward = static_cast<const Acc*>(p.coefficients) + c;
-  const double mean = forward[kMean * p.channels];
-  const double invstd = forward[kInvstd * p.channels];
-  const double per_value = forward[kScale * p.channels] / count;
   auto* out = static_cast<Acc*>(p.backward_coefficients) + c;
-  out[kB * p.channels] = static_cast<Acc>(-per_value * invstd * grad_weight);
-  out[kC * p.channels] = static_cast<Acc>(per_value * (mean * invstd * grad_weight - grad_bias));
+  write_shares(out, forward, p.channels, grad_weight, grad_bias, 1.0 / count);
 }
 
 dim3 blocks_of(int64_t channels, int64_t groups = 1) {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fused.distributed import alone
 from resnet_fused.engine import engine
 from resnet_fused.planner import decide, store
 from resnet_fused.planner.decide import Call, recording
@@ -69,7 +70,8 @@ class Planner:
 
         Args:
             model: fused already; on the device, in the dtype and layout, and called within the autocast that it will
-                be used with. Its forward runs once; its buffers, mode, gradients and random numbers stay.
+                be used with. Its forward runs once, in this process alone: fused batch norms that are synchronised
+                exchange nothing. Its buffers, mode, gradients and random numbers stay.
             example_input: what ``model`` is called with: a tensor, or a tuple of arguments.
             training: forward and backward in training mode; False: evaluation without gradients.
 
@@ -146,7 +148,7 @@ def _calls(model: nn.Module, example_input: Any, training: bool) -> list[Call]:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # whose forward has no collectives
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    with _unchanged(model), engine("auto"), torch.set_grad_enabled(training), recording() as calls:
+    with _unchanged(model), engine("auto"), torch.set_grad_enabled(training), alone(), recording() as calls:
         model.train(training)
         model(*arguments)
     if not calls:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from resnet_fused.distributed import copy_of
 from resnet_fused.snapshot import Packed
 from resnet_fused.surgery.forward import fused_forward
 from resnet_fused.surgery.layers import PACKED, normalises_and_activates
@@ -36,7 +36,7 @@ def fold(model: nn.Module) -> nn.Module:
         TypeError: if ``model`` is no module.
     """
     check_model(model)
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy_of(model).eval().requires_grad_(False)
     fuse(model)
     owners: list[tuple[nn.Module, str, Any]] = [
         (m, name, child) for m in model.modules() for name, child in m._modules.items()
