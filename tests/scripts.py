@@ -18,5 +18,6 @@ def load(path):
 
 
 def environment():
-    """Of a process that imports the package from where it is here."""
-    return os.environ | {"PYTHONPATH": str(Path(resnet_fused.__file__).parents[1])}
+    """Of a process that imports the package from where it is here, and the simulator where that runs."""
+    paths = [str(Path(resnet_fused.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

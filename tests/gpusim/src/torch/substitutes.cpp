@@ -45,15 +45,18 @@ std::tuple<Tensor, Tensor, Tensor> cudnn_batch_norm_backward(const Tensor& input
                                         {true, true, true});
 }
 
+// The type that CUDA's norms compute in.
+at::ScalarType accumulation(const Tensor& t) { return at::promote_types(t.scalar_type(), at::kFloat); }
+
 std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input, double eps) {
   const auto dims = all_but_channels(input);
-  const Tensor x = input.to(at::kFloat);
+  const Tensor x = input.to(accumulation(input));
   return {x.mean(dims), (x.var(dims, /*unbiased=*/false) + eps).rsqrt()};
 }
 
 Tensor batch_norm_elemt(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                         const Tensor& mean, const Tensor& invstd, double) {
-  Tensor y = (input.to(at::kFloat) - per_channel(mean, input)) * per_channel(invstd, input);
+  Tensor y = (input.to(accumulation(input)) - per_channel(mean, input)) * per_channel(invstd, input);
   if (weight && weight->defined()) y = y * per_channel(*weight, input);
   if (bias && bias->defined()) y = y + per_channel(*bias, input);
   return y.to(input.scalar_type());
@@ -86,10 +89,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(const Tensor& grad, c
                                                            const Tensor& invstd, const OptionalTensor& weight,
                                                            bool input_g, bool weight_g, bool bias_g) {
   const auto dims = all_but_channels(input);
-  const Tensor dy = grad.to(at::kFloat);
-  const Tensor xmu = input.to(at::kFloat) - per_channel(mean, input);
+  const Tensor dy = grad.to(accumulation(input));
+  const Tensor xmu = input.to(accumulation(input)) - per_channel(mean, input);
   const Tensor sum_dy = dy.sum(dims), sum_dy_xmu = (dy * xmu).sum(dims);
-  const auto type = weight && weight->defined() ? weight->scalar_type() : at::kFloat;
+  const auto type = weight && weight->defined() ? weight->scalar_type() : accumulation(input);
   return {input_g ? sum_dy : Tensor(), input_g ? sum_dy_xmu : Tensor(),
           weight_g ? (sum_dy_xmu * invstd).to(type) : Tensor(), bias_g ? sum_dy.to(type) : Tensor()};
 }
@@ -97,10 +100,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(const Tensor& grad, c
 Tensor backward_elemt(const Tensor& grad, const Tensor& input, const Tensor& mean, const Tensor& invstd,
                       const OptionalTensor& weight, const Tensor& sum_dy, const Tensor& sum_dy_xmu,
                       const Tensor& count) {
-  const Tensor n = count.sum().to(at::kFloat);
-  const Tensor xmu = input.to(at::kFloat) - per_channel(mean, input);
+  const Tensor n = count.sum().to(accumulation(input));
+  const Tensor xmu = input.to(accumulation(input)) - per_channel(mean, input);
   const Tensor is = per_channel(invstd, input);
-  Tensor dx = grad.to(at::kFloat) - per_channel(sum_dy, input) / n -
+  Tensor dx = grad.to(accumulation(input)) - per_channel(sum_dy, input) / n -
               xmu * is * is * per_channel(sum_dy_xmu, input) / n;
   dx = dx * is;
   if (weight && weight->defined()) dx = dx * per_channel(*weight, input);
@@ -110,7 +113,7 @@ Tensor backward_elemt(const Tensor& grad, const Tensor& input, const Tensor& mea
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& input, at::IntArrayRef shape,
                                              const Tensor& rstd, const OptionalTensor& weight,
                                              std::array<bool, 2> wanted) {
-  const auto wide = at::promote_types(input.scalar_type(), at::kFloat);
+  const auto wide = accumulation(input);
   std::vector<int64_t> inner, outer;
   for (int64_t d = 0; d < input.dim(); ++d)
     (d < input.dim() - int64_t(shape.size()) ? outer : inner).push_back(d);
