@@ -20,10 +20,13 @@ std::vector<int64_t> all_but_channels(const Tensor& x) {
   return dims;
 }
 
+// The type that CUDA's norms compute in.
+at::ScalarType accumulation(const Tensor& t) { return at::promote_types(t.scalar_type(), at::kFloat); }
+
 Tensor per_channel(const Tensor& v, const Tensor& x) {
   std::vector<int64_t> shape(size_t(x.dim()), 1);
   shape[1] = v.numel();
-  return v.to(at::kFloat).reshape(shape);
+  return v.to(accumulation(v)).reshape(shape);
 }
 
 // --- batch normalization ---------------------------------------------------
@@ -44,9 +47,6 @@ std::tuple<Tensor, Tensor, Tensor> cudnn_batch_norm_backward(const Tensor& input
   return at::native_batch_norm_backward(grad, input, weight, mean, var, save_mean, save_var, true, eps,
                                         {true, true, true});
 }
-
-// The type that CUDA's norms compute in.
-at::ScalarType accumulation(const Tensor& t) { return at::promote_types(t.scalar_type(), at::kFloat); }
 
 std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& input, double eps) {
   const auto dims = all_but_channels(input);
