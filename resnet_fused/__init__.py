@@ -3,7 +3,7 @@
 """Fused residual networks for PyTorch: convolution + batch norm + ReLU + shortcut, trained and served."""
 
 import resnet_fused.installation  # noqa: F401  (imports torch, whose libraries the extension needs, and checks it)
-from resnet_fused import functional, ops, reference
+from resnet_fused import fake_kernels, functional, ops, reference  # noqa: F401  (the fake kernels are registered)
 from resnet_fused._C import build_info
 from resnet_fused.engine import engine
 from resnet_fused.explain import Explanation, explain

@@ -17,7 +17,7 @@ measured before float32 products stayed in registers and Winograd's tiles were 4
 ``FPROP`` 3x3, stride 2         0.9 to 1.1   1.2 to 1.5   1.0 to 1.2   1.3 to 2.0
 ``FPROP`` 3 channels            0.9          0.4          0.9          0.5
 ``BACKWARD`` all                0.9 to 1.5   0.8 to 1.9   0.7 to 1.9   0.7 to 1.9
-the same, 64x64                                           0.3 to 2.0   0.5 to 5.3
+both, few pixels                                          0.3 to 1.7   0.4 to 2.1
 ``INFERENCE`` 1x1               1.0 to 1.6   1.0 to 1.5   1.3 to 2.7   0.9 to 2.5
 ``INFERENCE`` 3x3               1.0 to 1.7   0.7 to 1.3   1.0 to 1.7   0.8 to 1.5
 ``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.4   0.9 to 1.9   0.9 to 2.0
@@ -26,8 +26,8 @@ the same, 64x64                                           0.3 to 2.0   0.5 to 5.
 ``PACKED`` 3x3, stride 2        0.9          0.8 to 1.5   0.9 to 1.1   1.1 to 1.6
 =============================== ============ ============ ============ ============
 
-The row of 64x64 is of training's passes with no more pixels than ``FEWEST_TRAINED`` and ``FEWEST_TRAINED_BY_TAPS``; in
-float32 fprop and wgrad have 0.3 to 1.1 there.
+Few pixels are ``FEWEST_TRAINED`` and ``FEWEST_TRAINED_BY_TAPS`` or less: both passes of one image of 64x64, measured
+later than the rest. In float32 26 of 39 cases lie below 0.75 there.
 
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
@@ -59,7 +59,7 @@ class Use(Enum):
 FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
 FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/transposed.h
-# In training, in float32, up to which packing the weights takes longer than the products: of 1x1 filters, and larger.
+# In training, in float32, up to which the library was the faster one: of 1x1 filters, and of larger ones.
 FEWEST_TRAINED = 16
 FEWEST_TRAINED_BY_TAPS = 64
 
@@ -77,7 +77,7 @@ def native_is_faster(
     """Whether a native convolution is taken on the CPU; sizes as in ``[N, C, H, W]`` and ``[K, C, R, S]``.
 
     Where the table's class was mostly at least as fast; training passes are taken as a whole, since each spares the
-    next one's work, but for what has few channels.
+    next one's work, but for what has few channels or pixels.
     """
     height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
     pixels = x_shape[0] * height * width

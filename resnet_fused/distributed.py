@@ -48,12 +48,12 @@ class Exchange(NamedTuple):
         return ops.all_gather(table, self._resolved().size(), self.group)
 
     def gather_statistics(self, statistics: Tensor) -> Tensor:
-        """From this process's tiles ``[tiles, 3, C]`` one of each process, for :func:`resnet_fused.ops.bn_finalize`."""
+        """Of this process's tiles ``[tiles, 3, C]`` one, gathered: ``[processes, 3, C]``, for `ops.bn_finalize`."""
         return self.gather(ops.bn_merge_statistics(statistics))
 
     def gather_differentiably(self, table: Tensor) -> Tensor:
         """:meth:`gather` with gradients, those of every process's results, of any order."""
-        gathered: Tensor = _Gather.apply(self, table)
+        gathered: Tensor = _Gather.apply(self, table, False)
         return gathered
 
     def sum_of_own(self, tables: Tensor) -> Tensor:
@@ -74,27 +74,16 @@ class Exchange(NamedTuple):
 
 
 class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: Exchange, table: Tensor) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.gather(table)
+    """:meth:`Exchange.gather`, or its transpose :meth:`Exchange.sum_of_own`: each is the other one's derivative."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _SumOfOwn.apply(ctx.exchange, grad)
-
-
-class _SumOfOwn(torch.autograd.Function):
-    """The transpose of :class:`_Gather`."""
+    def forward(ctx: Any, exchange: Exchange, table: Tensor, transposed: bool) -> Tensor:
+        ctx.exchange, ctx.transposed = exchange, transposed
+        return exchange.sum_of_own(table) if transposed else exchange.gather(table)
 
     @staticmethod
-    def forward(ctx: Any, exchange: Exchange, tables: Tensor) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.sum_of_own(tables)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, _Gather.apply(ctx.exchange, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _Gather.apply(ctx.exchange, grad, not ctx.transposed), None
 
 
 def exchange_of(module: Any) -> Exchange | None:

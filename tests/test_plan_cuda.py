@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from simulator import needs_tensor_cores
 
 import resnet_fused as rf
 from resnet_fused import ops
@@ -17,9 +18,7 @@ from resnet_fused.surgery.forward import without_fusion
 from resnet_fused.testing import assert_passed, compare_observations, observe, observe_reference
 
 pytestmark = pytest.mark.cuda
-needs_native = pytest.mark.skip_where(
-    reason=lambda: ops.native_device_reason(torch.device("cuda")) if torch.cuda.is_available() else None
-)
+
 
 CHANNELS = 16
 LIBRARY = ((False, False),) * 2
@@ -54,7 +53,7 @@ def native(monkeypatch):
     return ran
 
 
-@needs_native
+@needs_tensor_cores
 @pytest.mark.parametrize("training", [True, False])
 def test_plans_are_made_and_followed(training, native):
     model, x = basic_block(), images()
@@ -81,7 +80,7 @@ def test_plans_are_made_and_followed(training, native):
     assert torch.equal(seen["eager"]["output"], observe(plain, x, gradients=training)["output"])
 
 
-@needs_native
+@needs_tensor_cores
 @pytest.mark.parametrize("training", [True, False])
 def test_a_wrong_kernel_is_disqualified(training, monkeypatch):
     name = "conv_fprop" if training else "conv_fprop_inference"

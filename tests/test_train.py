@@ -124,7 +124,8 @@ def test_eager_and_fused_learn_alike(train, tmp_path, amp):
         curves = {}
         for name, how in (("eager", ["--eager"]), ("channels_last", ["--eager", "--channels-last"]), ("fused", [])):
             folder = tmp_path / f"{name}-{seed}"
-            options = ["--size", "8", "--rate", "0.02", "--epochs", "4", "--amp", amp, "--seed", str(seed)]
+            # Of 8x8 the last planes have one pixel, and PyTorch's bfloat16 wgrad of those is NaN in one step of 60.
+            options = ["--size", "16", "--rate", "0.02", "--epochs", "4", "--amp", amp, "--seed", str(seed)]
             train.main([*how, *options, "--output", str(folder)])
             history = json.loads((folder / "history.json").read_text())["history"]
             curves[name] = torch.tensor([epoch["loss"] for epoch in history])

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kLanes* kWarpThreads, kBlocks)
   write_shares(out, forward, p.channels, grad_weight, total.grad, per_value);
 }
 
-// b and c over the values of all processes, in the order of their ranks.
+// b and c over the values of all processes, in the order of their ranks. Reads what they sent once, writes two rows.
 template <class Acc>
 __global__ void backward_merge_channels(const BackwardMergeParams p) {
   const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -219,26 +219,27 @@ dim3 blocks_of(int64_t channels, int64_t groups = 1) {
 
 constexpr dim3 kBlock(kWarpThreads, kLanes);
 
-template <class Acc>
-cudaError_t launch_merge_statistics(MergeStatisticsParams p, cudaStream_t stream) {
+// Many tiles become those of groups, in the workspace.
+template <class Acc, class Params>
+void group_first(Params& p, cudaStream_t stream) {
   if (const int64_t groups = merge_groups(p.tiles)) {
     group_statistics<Acc>
         <<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.workspace);
     p.statistics = p.workspace;
     p.tiles = groups;
   }
+}
+
+template <class Acc>
+cudaError_t launch_merge_statistics(MergeStatisticsParams p, cudaStream_t stream) {
+  group_first<Acc>(p, stream);
   group_statistics<Acc><<<blocks_of(p.channels), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.merged);
   return cudaGetLastError();
 }
 
 template <class Acc>
 cudaError_t launch_finalize(FinalizeParams p, cudaStream_t stream) {
-  if (const int64_t groups = merge_groups(p.tiles)) {
-    group_statistics<Acc>
-        <<<blocks_of(p.channels, groups), kBlock, 0, stream>>>(p.statistics, p.tiles, p.channels, p.workspace);
-    p.statistics = p.workspace;
-    p.tiles = groups;
-  }
+  group_first<Acc>(p, stream);
   finalize_channels<Acc><<<blocks_of(p.channels), kBlock, 0, stream>>>(p);
   return cudaGetLastError();
 }

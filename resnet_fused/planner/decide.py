@@ -150,7 +150,7 @@ def choices(
 
 
 def circumstances(x: Tensor) -> tuple | None:
-    """All but the block itself that the answer of :func:`choices` for ``x`` depends on, in a tenth of a key's time.
+    """All but the block itself that the answer of :func:`choices` for ``x`` depends on.
 
     None where it has to be asked: of a subclass, while calls are recorded, and under engines that plans have no say in.
     """

@@ -95,7 +95,6 @@ def medians(runs: Mapping[str, Callable[[Any], object]], operands: Sequence[Any]
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-
 def apart(device: torch.device, function: Callable[[], Found]) -> Found:
     """``function()`` without the caller's modes: no autocast, gradients on; on a GPU in a thread and stream of its own.
 

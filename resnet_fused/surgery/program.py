@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +45,7 @@ class RunCall:
         self.join, self.projection, self.behind = run.join, run.projection, run.behind
         self.run = run
         self._steps: Callable | None = None
-        self.composed = False  # whether a plan had the modules called, last
+        self.composed_in: int | None = None  # the thread in whose call, the last one, a plan had the modules called
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
         joins_tensor = self.join is Join.TENSOR
@@ -53,7 +54,7 @@ class RunCall:
         if added is not None or not joins_tensor:  # whatever adds None, eager says what becomes of it
             z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite)
         if not torch.compiler.is_compiling():
-            self.composed = z is COMPOSED
+            self.composed_in = threading.get_ident() if z is COMPOSED else None
         if z is None or z is COMPOSED:
             return self.step_by_step(module, x, shortcut)
         for m in self.behind:
@@ -135,15 +136,15 @@ class Program:
         else:
             results = self._function(module, module, *tensors)
             # Whether a batch norm is synchronised, and so never eager, may change from call to call.
-            if all(call.composed for call in self.calls) and not self._synchronises:
+            thread = threading.get_ident()
+            if not self._synchronises and all(call.composed_in == thread for call in self.calls):
                 self._composed = self._circumstances(tensors)
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
 
     def _circumstances(self, tensors: Sequence[Tensor]) -> tuple | None:
         """What the plans of all runs depend on; None where they have to be asked.
 
-        Asking them run by run takes a tenth of a small block's time, more than elsewhere in Python: kernels leave
-        nothing of it in the caches.
+        Asking them run by run took 3 to 6 % more of blocks of MobileNet-v2 in inference, of 3 ms.
         """
         found: list[Any] = [self.calls[0].memory]
         for t in tensors:

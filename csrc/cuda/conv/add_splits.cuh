@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) the resnet_fused authors
 //
-// The partial sums of a weight's gradient, one of each split of the pixels, become the gradient.
+// The partial sums of a weight's gradient, one of each split of the pixels, become the gradient. Reads the partials
+// once, writes dW once.
 #pragma once
 
 #include "../device/reduce.cuh"
