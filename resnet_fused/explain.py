@@ -23,7 +23,7 @@ from resnet_fused.choice import Use
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.distributed import copy_of, exchange_of
 from resnet_fused.engine import current_engine, engine
-from resnet_fused.planner import decide
+from resnet_fused.planner.recording import recording
 from resnet_fused.surgery import FuseReport, fuse
 from resnet_fused.surgery.context import compute_dtype
 from resnet_fused.surgery.forward import fused_forward, without_fusion
@@ -313,9 +313,9 @@ def _measure(s: _Seen, eager: nn.Module, training: bool, rounds: int) -> Block:
         with Operators() as operators:
             _step(call, learnt)
         counted[name] = operators
-    with decide.recording() as calls:  # of whom eager makes none
+    with recording() as noted:  # of whom eager has no calls
         fused()
-    source = calls[0].source if calls else ""
+    source = noted.calls[0].source if noted.calls else ""
     convolutions = _engines_of(s, z, dtype, counted["fused"].names, source)
     steps = {"fused": partial(_step, fused, learnt), "eager": partial(_step, plain, learnt)}
     reasons = [ops.native_reason(*_probe(shape, dtype, x, c)) for _, c, shape in _with_inputs(s, x.shape)]
@@ -387,7 +387,7 @@ def _engines_of(
 ) -> tuple[Convolution, ...]:
     """The engines that ran, from the plan in the graph behind ``z`` or, without one, from the operators.
 
-    ``source``: who chose them, as in :class:`resnet_fused.planner.decide.Call`.
+    ``source``: who chose them, as in :class:`resnet_fused.planner.recording.Call`.
     """
     plan = _plan_of(z)
     native: list[dict[str, bool | None]]

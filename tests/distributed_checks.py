@@ -32,6 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import resnet_fused as rf
 from resnet_fused import ops
 from resnet_fused.planner import decide
+from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER
 from resnet_fused.testing import assert_passed, compare_observations
 
@@ -533,9 +534,9 @@ def fsdp2_before_fuse():
 @check
 def fsdp2_runs_fused():
     model = fsdp(make())
-    with decide.recording() as calls:
+    with recording() as noted:
         model(batch(2)[0])
-    assert len(calls) == 4, "the stem, two blocks and the batch norm at the end"
+    assert len(noted.calls) == 4, "the stem, two blocks and the batch norm at the end"
 
 
 def raises(error, match, function, *args):

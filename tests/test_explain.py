@@ -15,6 +15,7 @@ import resnet_fused as rf
 from resnet_fused import _C
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.planner import decide
+from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER, Entry, all_library
 
 CHANNELS, SIDE, IMAGES = 16, 12, 2
@@ -70,10 +71,10 @@ def test_blocks(device, training, fused):
 def test_a_plan_is_the_reason(chosen, training):
     model, x = network()[0].train(training), images()
     rf.fuse(model)
-    with torch.set_grad_enabled(training), decide.recording() as calls:
+    with torch.set_grad_enabled(training), recording() as noted:
         model(x)
-    planned = {"library": all_library(calls[0].key.units), "eager": EAGER}[chosen]
-    decide.decide(calls[0].key, Entry(planned, chosen, "", {}, {}))
+    planned = {"library": all_library(noted.calls[0].key.units), "eager": EAGER}[chosen]
+    decide.decide(noted.calls[0].key, Entry(planned, chosen, "", {}, {}))
     try:
         found = rf.explain(model, x, rounds=1)
     finally:

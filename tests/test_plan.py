@@ -2,6 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """Plans: what is chosen and when, that it is proven first, and what is remembered. An injected clock tells the time."""
 
+import copy
 import json
 import multiprocessing
 
@@ -13,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused import block, ops
-from resnet_fused.planner import decide, keys, search, store
+from resnet_fused.planner import command, decide, keys, search, store
+from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER, Entry, all_library, name_of
 from resnet_fused.planner.scratch import Scratch
+from resnet_fused.surgery.forward import without_fusion
 from resnet_fused.testing import observe
 
 CHANNELS = 16
@@ -38,9 +41,9 @@ def images(n=2):
 
 
 def call_of(model, x):
-    with decide.recording() as calls:
+    with recording() as noted:
         model(x)
-    (call,) = calls
+    (call,) = noted.calls
     return call
 
 
@@ -83,7 +86,7 @@ def measured(monkeypatch):
 
     def plan_block(key, *_):
         found.append(key)
-        return entry(MIXED)
+        return entry(MIXED[: len(key.units)])
 
     monkeypatch.setattr(search, "plan_block", plan_block)
     return found
@@ -183,7 +186,7 @@ def test_a_block_left_to_eager_asks_again_when_something_changed(training, monke
     """Its modules are called without its key being made anew; what a key tells apart ends that."""
     asked = []
     choices = decide.choices
-    monkeypatch.setattr(decide, "choices", lambda *arguments: asked.append(1) or choices(*arguments))
+    monkeypatch.setattr(decide, "choices", lambda *args, **named: asked.append(1) or choices(*args, **named))
     model, x = basic_block().train(training).requires_grad_(training), images()
     found = call_of(model, x)
     decide.decide(found.key, entry(EAGER))
@@ -218,9 +221,9 @@ def test_functions_run_what_a_plan_leaves_to_eager():
     model, x = basic_block(), images()
     conv, norm = rf.functional.Conv(model.conv1.weight, None, padding=(1, 1)), model.bn1
     unit = rf.functional.Norm(norm.weight, norm.bias)
-    with decide.recording() as calls:
+    with recording() as noted:
         expected = rf.functional.conv_bn_act(x, conv, unit)
-    decide.decide(calls[0].key, entry(EAGER))
+    decide.decide(noted.calls[0].key, entry(EAGER))
     torch.testing.assert_close(rf.functional.conv_bn_act(x, conv, unit), expected)
 
 
@@ -586,3 +589,95 @@ def test_keys_tell_apart_what_runs_differently():
         found.add(str(call_of(model.eval(), x).key))
     assert len(found) == 7
     assert keys.machine(torch.device("cpu"))["threads"] == str(torch.get_num_threads())
+
+
+class TwoRuns(torch.nn.Module):
+    """A module of two runs, since a ReLU6 is none of their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS)
+        self.conv2, self.bn2 = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS)
+        self.act = torch.nn.ReLU6()
+
+    def forward(self, x):
+        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+
+
+def two_runs():
+    model = TwoRuns().to(memory_format=torch.channels_last)
+    rf.fuse(model)
+    return model
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """Makes fused and eager calls of a module take so long."""
+
+    def inject(fused, eager):
+        def medians(runs, operands, clock):
+            for run in runs.values():
+                run(operands[0])
+            return {"fused": fused, "eager": eager}
+
+        monkeypatch.setattr(command, "medians", medians)
+
+    return inject
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("eager", [0.98, 0.995])
+def test_a_module_that_is_slower_as_a_whole_is_left_to_eager(eager, training, measured, whole):
+    whole(1.0, eager)
+    model, x = two_runs(), images()
+    before = state_of(model)
+    report = rf.plan(model, x, training=training)
+    (found,) = report.modules
+    assert (found.seconds, found.eager_seconds, found.eager) == (1.0, eager, eager == 0.98)
+    assert f"TwoRuns as a whole: {'eager' if found.eager else 'fused'}" in str(report)
+    assert {name: t for name, t in state_of(model).items() if not torch.equal(t, before[name])} == {}
+
+    expected = EAGER if found.eager else MIXED[:1]
+    model.train(training)
+    with torch.set_grad_enabled(training):
+        assert choices_of(model, x) == [expected] * 2
+        for _ in range(2):  # asks, and goes by the answer
+            expected_output = without_fusion(copy.deepcopy(model))(x)
+            torch.testing.assert_close(model(x), expected_output)
+    # The same block elsewhere follows its own measurement.
+    alone = torch.nn.Sequential(model.conv1, model.bn1)
+    rf.fuse(alone)
+    with torch.set_grad_enabled(training):
+        assert choices_of(alone, x) == [MIXED[:1]]
+    # Later processes follow the file.
+    decide.forget(plans=True)
+    with torch.set_grad_enabled(training):
+        assert choices_of(two_runs().train(training), x) == [expected] * 2
+
+
+def test_a_module_that_became_faster_is_fused_again(measured, whole):
+    model, x = two_runs(), images()
+    whole(1.0, 0.5)
+    rf.plan(model, x)
+    assert choices_of(model, x) == [EAGER] * 2
+    whole(1.0, 2.0)
+    rf.plan(model, x)
+    assert choices_of(model, x) == [MIXED[:1]] * 2
+
+
+def test_minimal_memory_is_never_left_to_eager(measured, whole):
+    whole(1.0, 0.5)
+    model, x = two_runs(), images()
+    rf.set_memory(model, "minimal")
+    assert rf.plan(model, x).modules == []
+    assert choices_of(model, x) == [MIXED[:1]] * 2
+
+
+def choices_of(model, x):
+    with recording() as noted:
+        model(x)
+    return [call.choices for call in noted.calls]
+
+
+def state_of(model):
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}

@@ -9,20 +9,23 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resnet_fused.distributed import alone
 from resnet_fused.engine import engine
 from resnet_fused.planner import decide, store
-from resnet_fused.planner.decide import Call, recording
-from resnet_fused.planner.entry import Choices, Entry
+from resnet_fused.planner.entry import EAGER, Choices, Entry
 from resnet_fused.planner.keys import Key
+from resnet_fused.planner.measure import clock_for, medians
+from resnet_fused.planner.recording import ModuleCall, recording
+
+LEAST_GAIN = 0.01  # by so much a module's own steps have to be faster than its fused blocks
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,35 @@ def _describe(entry: Entry) -> str:
 
 
 @dataclass(frozen=True)
+class ModulePlan:
+    """One kind of module: median seconds of a call, in training with its backward, with its fused blocks as planned
+    and by its own steps."""
+
+    name: str
+    seconds: float
+    eager_seconds: float
+
+    @property
+    def eager(self) -> bool:
+        """Whether its blocks are left to eager PyTorch, whatever is the fastest for each alone."""
+        return self.eager_seconds < (1 - LEAST_GAIN) * self.seconds
+
+    def __str__(self) -> str:
+        chosen = "eager" if self.eager else "fused"
+        return f"{self.name} as a whole: {chosen}: fused {1e3 * self.seconds:.3g} ms, eager {1e3 * self.eager_seconds:.3g} ms"
+
+
+@dataclass(frozen=True)
 class PlanReport:
-    """What :data:`resnet_fused.plan` found, in the order in which the model runs its blocks."""
+    """What :data:`resnet_fused.plan` found, in the order in which the model runs its blocks, and then its modules."""
 
     blocks: list[BlockPlan]
+    modules: list[ModulePlan]
     note: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.blocks), self.note or f"{len(self.blocks)} kinds of blocks"])
+        kinds = f"{len(self.blocks)} kinds of blocks"
+        return "\n".join([*map(str, self.blocks), *map(str, self.modules), self.note or kinds])
 
 
 class Planner:
@@ -89,22 +113,28 @@ class Planner:
             note = "deterministic algorithms: the shipped table decides"
         else:
             note = ""
-        calls = _calls(model, example_input, training)
-        counts = Counter(call.key for call in calls)
-        blocks, shown = [], time.perf_counter()
-        for index, call in enumerate({call.key: call for call in calls}.values(), 1):
-            if note:
-                blocks.append(BlockPlan(call.key, counts[call.key], call.table, "table", None))
-                continue
-            if time.perf_counter() - shown > decide.QUIET_SECONDS:
-                shown = time.perf_counter()
-                store.say(f"planning {index} of {len(counts)} kinds of blocks")
-            known = decide.store.find(call.key)
-            entry = search.plan_block(call.key, call.native, call.table, known)
-            decide.store.add(call.key, entry)
-            decide.decide(call.key, entry)
-            blocks.append(BlockPlan(call.key, counts[call.key], entry.choices, "measured", entry))
-        report = PlanReport(blocks, note)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # whose forward has no collectives
+        with _standing_still(model, training):
+            with recording() as noted:
+                model(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+            if not noted.calls:
+                raise ValueError("model: expected fused blocks, none ran; see resnet_fused.fuse")
+            counts = Counter(call.key.alone for call in noted.calls)
+            blocks, shown = [], time.perf_counter()
+            for index, (key, call) in enumerate({call.key.alone: call for call in noted.calls}.items(), 1):
+                if note:
+                    blocks.append(BlockPlan(key, counts[key], call.table, "table", None))
+                    continue
+                if time.perf_counter() - shown > decide.QUIET_SECONDS:
+                    shown = time.perf_counter()
+                    store.say(f"planning {index} of {len(counts)} kinds of blocks")
+                entry = search.plan_block(key, call.native, call.table, decide.store.find(key))
+                _settle(key, entry)
+                blocks.append(BlockPlan(key, counts[key], entry.choices, "measured", entry))
+            found = {b.key: b.entry for b in blocks if b.entry is not None}
+            modules = [] if note else [_whole(module, found) for module in noted.modules.values()]
+        report = PlanReport(blocks, [m for m in modules if m is not None], note)
         print(report)
         return report
 
@@ -143,17 +173,51 @@ class Planner:
         decide.forget(plans=True)
 
 
-def _calls(model: nn.Module, example_input: Any, training: bool) -> list[Call]:
-    """The fused blocks of one forward."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # whose forward has no collectives
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    with _unchanged(model), engine("auto"), torch.set_grad_enabled(training), alone(), recording() as calls:
+def _settle(key: Key, entry: Entry) -> None:
+    decide.store.add(key, entry)
+    decide.decide(key, entry)
+
+
+def _whole(module: ModuleCall, found: dict[Key, Entry]) -> ModulePlan | None:
+    """Races ``module`` with its blocks as they were ``found`` against its own steps, and leaves its blocks to eager
+    where that is faster.
+
+    Blocks are measured alone, out of cold caches; in a module each reads what was written just before, and the calls
+    around it take their time. None where there is nothing to choose.
+    """
+    alone = [found[key.alone] for key in module.keys]
+    exchanges = any(isinstance(m, nn.SyncBatchNorm) for m in module.module.modules())
+    if exchanges or any(key.minimal for key in module.keys) or not any(entry.choices for entry in alone):
+        return None
+    device = module.keys[0].device
+    grads: list[Tensor] = []
+
+    def step(run: Callable) -> None:
+        # Not leaves: its steps may write over them.
+        results = run(module.module, *(t.view_as(t) for t in module.tensors))
+        results = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+        learnt = [t for t in (*module.module.parameters(), *module.tensors) if t.requires_grad]
+        if results and learnt:
+            grads[:] = grads or [torch.randn_like(t) for t in results]
+            torch.autograd.grad(results, learnt, grads, allow_unused=True)
+
+    runs = {"fused": lambda _: step(module.fused), "eager": lambda _: step(module.eager)}
+    seconds = medians(runs, [None], clock_for(device))
+    plan = ModulePlan(type(module.module).__name__, seconds["fused"], seconds["eager"])
+    for key, entry in zip(module.keys, alone, strict=True):
+        if plan.eager:
+            _settle(key, Entry(EAGER, "eager", str(plan), entry.seconds, entry.disqualified))
+        elif key.beside and decide.store.find(key) is not None:  # from an earlier race
+            _settle(key, entry)
+    return plan
+
+
+@contextlib.contextmanager
+def _standing_still(model: nn.Module, training: bool) -> Iterator[None]:
+    """The mode that is planned for, without exchanges between processes, and ``model`` as it was afterwards."""
+    with _unchanged(model), engine("auto"), torch.set_grad_enabled(training), alone():
         model.train(training)
-        model(*arguments)
-    if not calls:
-        raise ValueError("model: expected fused blocks, none ran; see resnet_fused.fuse")
-    return calls
+        yield
 
 
 @contextlib.contextmanager

@@ -8,13 +8,10 @@ table; what was decided stays, so that checkpoints, backward in other threads an
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +21,7 @@ from resnet_fused.choice import Use, native_is_faster
 from resnet_fused.engine import current_engine
 from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both
 from resnet_fused.planner.keys import Key, key_of, settings
+from resnet_fused.planner.recording import Call, recorded
 from resnet_fused.planner.store import Store, say
 from resnet_fused.units import Join, Unit, output_plane
 
@@ -33,23 +31,11 @@ MOST_SECONDS = 120.0  # of measuring on first use, in a process
 QUIET_SECONDS = 1.0  # what takes longer is announced
 
 
-class Call(NamedTuple):
-    """A block that ran: what it is, what ran natively, where that came from, and what could be native or is by the
-    shipped table."""
-
-    key: Key
-    choices: Choices
-    source: str  # "measured", "file" or "table" under engine("auto"), else the engine
-    native: Choices
-    table: Choices
-
-
 store = Store()
 _decided: dict[Key, tuple[Choices, str]] = {}
 _lock = threading.RLock()
 _generation = 0  # of decisions: counts what `decide` and `forget` change
 _spent = 0.0  # seconds of measuring on first use
-_recorder: ContextVar[list[Call] | None] = ContextVar("resnet_fused_recorder", default=None)
 
 
 def mode() -> str:
@@ -62,17 +48,6 @@ def mode() -> str:
     if value not in MODES:
         raise ValueError(f"RESNET_FUSED_PLAN: expected one of {MODES}, got {value!r}")
     return value
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[list[Call]]:
-    """Notes each block that this thread runs inside the ``with`` block; meanwhile nothing is measured or decided."""
-    calls: list[Call] = []
-    token = _recorder.set(calls)
-    try:
-        yield calls
-    finally:
-        _recorder.reset(token)
 
 
 def possible(training: bool, x: Tensor, chain: Sequence[Unit]) -> Choices:
@@ -118,6 +93,7 @@ def choices(
     minimal: bool = False,
     cast_weights: bool = False,
     reads_joined: bool = False,
+    beside: str = "",
 ) -> Choices:
     """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
 
@@ -126,11 +102,11 @@ def choices(
     if x.shape[0] == 0:
         return all_library(chain)  # without a choice to make: where other processes have images
     engine = current_engine()
-    recorder = _recorder.get()
-    if recorder is None and engine != "auto":
+    recording = recorded()
+    if recording is None and engine != "auto":
         return possible(training, x, chain) if engine == "native" else all_library(chain)
-    key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined)
-    if recorder is None:
+    key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined, beside)
+    if recording is None:
         found = _decided.get(key)
         chosen = found[0] if found is not None else _decide(key, x, chain)
         if chosen:
@@ -145,7 +121,7 @@ def choices(
         chosen = native
     elif engine == "auto":
         chosen, source = _decided.get(key) or _known(key, native) or (table, "table")
-    recorder.append(Call(key, chosen, source, native, table))
+    recording.calls.append(Call(key, chosen, source, native, table))
     return chosen
 
 
@@ -154,7 +130,7 @@ def circumstances(x: Tensor) -> tuple | None:
 
     None where it has to be asked: of a subclass, while calls are recorded, and under engines that plans have no say in.
     """
-    if type(x) is not Tensor or _recorder.get() is not None or current_engine() != "auto":
+    if type(x) is not Tensor or recorded() is not None or current_engine() != "auto":
         return None
     device = x.device
     kind = device.type
@@ -177,9 +153,14 @@ def _limited(entry: Entry, native: Choices) -> Choices:
 
 
 def _known(key: Key, native: Choices) -> tuple[Choices, str] | None:
+    """What was decided or is in a file of a block where it is, else of the block wherever it is."""
     if key.deterministic or mode() == "off":
         return None
-    entry = store.find(key)
+    if key.beside and (entry := store.find(key)) is not None:
+        return _limited(entry, native), "file"
+    if key.alone in _decided:
+        return _decided[key.alone]
+    entry = store.find(key.alone)
     return None if entry is None else (_limited(entry, native), "file")
 
 
@@ -238,7 +219,7 @@ def _measure(key: Key, native: Choices, table: Choices) -> tuple[Choices, str] |
     announce.daemon = True
     announce.start()
     try:
-        entry = search.plan_block(key, native, table)
+        entry = search.plan_block(key.alone, native, table)
     except Exception as error:
         say(f"{key} could not be measured, the shipped table decides: {type(error).__name__}: {error}")
         return None
@@ -247,8 +228,9 @@ def _measure(key: Key, native: Choices, table: Choices) -> tuple[Choices, str] |
         _spent += time.perf_counter() - begin
         if _spent >= MOST_SECONDS:
             say(f"measured for {_spent:.0f} s; what else is new is left to the shipped table")
-    store.add(key, entry)
-    return entry.choices, "measured"
+    store.add(key.alone, entry)
+    _decided[key.alone] = entry.choices, "measured"
+    return _decided[key.alone]
 
 
 def decide(key: Key, entry: Entry) -> None:
@@ -256,6 +238,9 @@ def decide(key: Key, entry: Entry) -> None:
     global _generation
     with _lock:
         _generation += 1
+        if not key.beside:  # those that follow this one
+            for other in [k for k in _decided if k.beside and k.alone == key]:
+                del _decided[other]
         _decided[key] = entry.choices, "measured"
 
 

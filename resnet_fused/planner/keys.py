@@ -65,6 +65,12 @@ class Key(NamedTuple):
     threads: int  # of a CPU, else 0
     precision: str  # of the library's float32 convolutions
     deterministic: bool
+    beside: str = ""  # of a module with several fused runs: which module, told by its graph and layers
+
+    @property
+    def alone(self) -> Key:
+        """The same block wherever it is."""
+        return self._replace(beside="") if self.beside else self
 
     def __str__(self) -> str:
         flags = ("relu", "minimal", "cast_weights", "reads_joined", "deterministic")
@@ -77,6 +83,7 @@ class Key(NamedTuple):
                 f"join {self.join.name.lower()}",
                 *(flag for flag in flags if getattr(self, flag)),
                 *([f"float32 as {self.precision}"] if self.precision else []),
+                *([f"in module {self.beside}"] if self.beside else []),
             ]
         )
 
@@ -94,6 +101,7 @@ def key_of(
     minimal: bool = False,
     cast_weights: bool = False,
     reads_joined: bool = False,
+    beside: str = "",
 ) -> Key:
     """The key of a call. It is made in every call: a bottleneck's takes some microseconds.
 
@@ -131,11 +139,12 @@ def key_of(
         reads_joined,
         tuple(units),
         *settings(x),
+        beside,
     )
 
 
 def settings(x: Tensor) -> tuple[int, str, bool]:
-    """A key's last fields: what the process is set to for tensors such as ``x``."""
+    """Fields of a key: what the process is set to for tensors such as ``x``."""
     on_cpu = x.is_cpu
     precision = ""
     if x.dtype == torch.float32:

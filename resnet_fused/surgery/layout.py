@@ -39,7 +39,7 @@ _FORGETS_LAYOUT = (nn.Linear, torch.flatten)
 
 def in_channels_last(module: nn.Module, program: Program, x: Tensor) -> Tensor:
     """``x``, or a copy of it in channels_last if ``program`` of ``module`` runs faster on that and nobody sees it."""
-    if torch.is_grad_enabled() or not fusible(x) or not prefers_channels_last(x, compute_dtype(x)):
+    if torch.is_grad_enabled() or not prefers_channels_last(x, compute_dtype(x)) or not fusible(x):
         return x
     op, target = program.end
     end = type(module.get_submodule(target)) if op == "call_module" else target
