@@ -17,7 +17,7 @@ measured before float32 products stayed in registers and Winograd's tiles were 4
 ``FPROP`` 3x3, stride 2         0.9 to 1.1   1.2 to 1.5   1.0 to 1.2   1.3 to 2.0
 ``FPROP`` 3 channels            0.9          0.4          0.9          0.5
 ``BACKWARD`` all                0.9 to 1.5   0.8 to 1.9   0.7 to 1.9   0.7 to 1.9
-both, few pixels                                          0.3 to 1.7   0.4 to 2.1
+both, small image                                         0.3 to 1.7   0.4 to 2.1
 ``INFERENCE`` 1x1               1.0 to 1.6   1.0 to 1.5   1.3 to 2.7   0.9 to 2.5
 ``INFERENCE`` 3x3               1.0 to 1.7   0.7 to 1.3   1.0 to 1.7   0.8 to 1.5
 ``INFERENCE`` 3x3, stride 2     0.9          0.9 to 1.4   0.9 to 1.9   0.9 to 2.0
@@ -26,8 +26,8 @@ both, few pixels                                          0.3 to 1.7   0.4 to 2.
 ``PACKED`` 3x3, stride 2        0.9          0.8 to 1.5   0.9 to 1.1   1.1 to 1.6
 =============================== ============ ============ ============ ============
 
-Few pixels are ``FEWEST_TRAINED`` and ``FEWEST_TRAINED_BY_TAPS`` or less: both passes of one image of 64x64, measured
-later than the rest. In float32 26 of 39 cases lie below 0.75 there.
+One small image is one of 64x64, measured later than the rest; in float32 26 of 39 cases lie below 0.75 there, see
+:func:`library_spares_packing`. With 4 images of 64x64 native blocks were 1.0 to 1.5 times as fast as the others.
 
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
@@ -38,6 +38,7 @@ with oneDNN's.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -59,9 +60,28 @@ class Use(Enum):
 FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
 FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/transposed.h
-# In training, in float32, up to which the library was the faster one: of 1x1 filters, and of larger ones.
-FEWEST_TRAINED = 16
-FEWEST_TRAINED_BY_TAPS = 64
+# Of PyTorch's own, ConvParams::use_mkldnn in ATen/native/Convolution.cpp: elements of an input of one image, and
+# filters' height and width.
+MOST_PLAIN = 20480
+MOST_PLAIN_TAPS = 3
+
+
+def library_spares_packing(dtype: torch.dtype, x_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
+    """Whether PyTorch runs a convolution as one plain matrix product, as it does one small image in float32.
+
+    oneDNN and native convolutions pack or transform weights in the call, which then is most of their time.
+    """
+    single = x_shape[0] == 1 and math.prod(x_shape) <= MOST_PLAIN
+    return dtype == torch.float32 and single and max(weight_shape[2:]) <= MOST_PLAIN_TAPS
+
+
+def eager_is_faster(plain: Sequence[bool]) -> bool:
+    """Whether a block is left to eager in training, by :func:`library_spares_packing` of its convolutions.
+
+    ResNet-50 on one image of 64x64: eager was the fastest in 11 of the 12 blocks with more than half of them, and
+    native convolutions, the plain ones left to the library, 1.1 and 1.2 times as fast in the other 2.
+    """
+    return 2 * sum(plain) > len(plain)
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call
@@ -79,18 +99,17 @@ def native_is_faster(
     Where the table's class was mostly at least as fast; training passes are taken as a whole, since each spares the
     next one's work, but for what has few channels or pixels.
     """
-    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
-    pixels = x_shape[0] * height * width
-    pointwise = weight_shape[2] == weight_shape[3] == 1
-    if use in (Use.FPROP, Use.BACKWARD) and dtype == torch.float32:
-        if pixels <= (FEWEST_TRAINED if pointwise else FEWEST_TRAINED_BY_TAPS):
-            return False
+    if use in (Use.FPROP, Use.BACKWARD) and library_spares_packing(dtype, x_shape, weight_shape):
+        return False
     if use is Use.BACKWARD:
         return True
     if weight_shape[1] < FEW_CHANNELS:
         return False
     if use is Use.FPROP:
         return True
+    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
+    pixels = x_shape[0] * height * width
+    pointwise = weight_shape[2] == weight_shape[3] == 1
     if dtype == torch.float32:
         by_one = tuple(stride) == tuple(dilation) == (1, 1)
         winograd = tuple(weight_shape[2:]) == (3, 3) and by_one and max(padding) <= 2

@@ -32,8 +32,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import resnet_fused as rf
 from resnet_fused import ops
 from resnet_fused.planner import decide
-from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER
+from resnet_fused.planner.recording import recording
 from resnet_fused.testing import assert_passed, compare_observations
 
 CHECKS = {}

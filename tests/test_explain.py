@@ -15,8 +15,8 @@ import resnet_fused as rf
 from resnet_fused import _C
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.planner import decide
-from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER, Entry, all_library
+from resnet_fused.planner.recording import recording
 
 CHANNELS, SIDE, IMAGES = 16, 12, 2
 

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fused as rf
 from resnet_fused import block, ops
 from resnet_fused.planner import command, decide, keys, search, store
-from resnet_fused.planner.recording import recording
 from resnet_fused.planner.entry import EAGER, Entry, all_library, name_of
+from resnet_fused.planner.recording import recording
 from resnet_fused.planner.scratch import Scratch
 from resnet_fused.surgery.forward import without_fusion
 from resnet_fused.testing import observe

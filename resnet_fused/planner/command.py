@@ -69,8 +69,8 @@ class ModulePlan:
         return self.eager_seconds < (1 - LEAST_GAIN) * self.seconds
 
     def __str__(self) -> str:
-        chosen = "eager" if self.eager else "fused"
-        return f"{self.name} as a whole: {chosen}: fused {1e3 * self.seconds:.3g} ms, eager {1e3 * self.eager_seconds:.3g} ms"
+        times = f"fused {1e3 * self.seconds:.3g} ms, eager {1e3 * self.eager_seconds:.3g} ms"
+        return f"{self.name} as a whole: {'eager' if self.eager else 'fused'}: {times}"
 
 
 @dataclass(frozen=True)

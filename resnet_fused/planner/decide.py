@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import opaque, ops
-from resnet_fused.choice import Use, native_is_faster
+from resnet_fused.choice import Use, eager_is_faster, library_spares_packing, native_is_faster
 from resnet_fused.engine import current_engine
 from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both
 from resnet_fused.planner.keys import Key, key_of, settings
@@ -60,28 +60,31 @@ def possible(training: bool, x: Tensor, chain: Sequence[Unit]) -> Choices:
     return tuple(found)
 
 
-def shipped(training: bool, x: Tensor, chain: Sequence[Unit], join: Join, native: Choices) -> Choices:
+def shipped(training: bool, minimal: bool, x: Tensor, chain: Sequence[Unit], join: Join, native: Choices) -> Choices:
     """Of what is possible, what the shipped table calls faster; on a GPU nobody has measured yet."""
     if x.device.type != "cpu":
         return all_library(chain)
     found = []
+    plain = []
     shape = x.shape
     for i, (conv, norm) in enumerate(chain):
-        if training or (join is Join.PROJECTION and i == len(chain) - 1):
+        if join is Join.PROJECTION and i == len(chain) - 1:
             shape = x.shape
         if conv is None:
             found.append((False, False))
             continue
         about = (x.dtype, tuple(shape), conv.weight.shape, *conv[2:5])
         if training:
+            plain.append(library_spares_packing(*about[:3]) and conv.groups == 1)
             found.append((native_is_faster(Use.FPROP, *about), native_is_faster(Use.BACKWARD, *about)))
-            continue
-        packs = norm is None and conv.packed is not None and not conv.weight.requires_grad
-        use = Use.PACKED if packs and ops.has_fused_convolution(x.dtype) else Use.INFERENCE
-        found.append((native_is_faster(use, *about), False))
+        else:
+            packs = norm is None and conv.packed is not None and not conv.weight.requires_grad
+            use = Use.PACKED if packs and ops.has_fused_convolution(x.dtype) else Use.INFERENCE
+            found.append((native_is_faster(use, *about), False))
         plane = output_plane(shape[2:], conv.weight.shape[2:], *conv[2:5])
         shape = torch.Size((shape[0], conv.weight.shape[0], *plane))
-    return both(native, tuple(found))
+    # Eager keeps more for backward, which minimal memory forbids.
+    return EAGER if eager_is_faster(plain) and not minimal else both(native, tuple(found))
 
 
 def choices(
@@ -97,7 +100,7 @@ def choices(
 ) -> Choices:
     """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
 
-    Or `EAGER`, which only a plan says, and not of batch norms that are synchronised.
+    Or `EAGER`, but not of batch norms that are synchronised.
     """
     if x.shape[0] == 0:
         return all_library(chain)  # without a choice to make: where other processes have images
@@ -115,7 +118,7 @@ def choices(
         exchanges = any(u.norm is not None and u.norm.exchange is not None for u in chain)
         return all_library(chain) if exchanges or opaque.in_operator() else chosen
     native = possible(training, x, chain)
-    table = shipped(training, x, chain, join, native)
+    table = shipped(training, minimal, x, chain, join, native)
     chosen, source = all_library(chain), engine
     if engine == "native":
         chosen = native
@@ -189,7 +192,7 @@ def _may_measure(key: Key) -> bool:
 
 def _decide(key: Key, x: Tensor, chain: Sequence[Unit]) -> Choices:
     native = possible(key.training, x, chain)
-    table = shipped(key.training, x, chain, key.join, native)
+    table = shipped(key.training, key.minimal, x, chain, key.join, native)
     if not _is_real(x):
         return (_known(key, native) or (table, "table"))[0]
     # Not waited for in backward: whoever holds the lock may be waiting for this thread.

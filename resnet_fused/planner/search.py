@@ -147,7 +147,7 @@ class _Search:
         if not self.holds(self.native):
             self.strike()
         allowed = self.native
-        fused = {self.library, allowed, both(table, allowed)}
+        fused = {self.library, allowed, both(table, allowed) if table else self.library}
         self.race(*fused, *composed)
         best = min(filter(self.holds, fused), key=self.time)
         flips = [c for c in _flips(best, allowed) if c not in fused]
