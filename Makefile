@@ -17,13 +17,15 @@ TEST_JOBS ?= 2
 SIM_DEVICES ?= t4 a100 h100
 SIM_ARCHS ?= 7.5+PTX 8.0+PTX 9.0a+PTX
 SIM_TESTS ?= cuda
+# 1 leaves out the machine code, which only kernel-report and its test read.
+SIM_PTX_ONLY ?=
 # One case of each kind; tests/conftest.py says what the others are.
 QUICK := not slow and not further
 export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
-# Most of what is installed is never imported, and what is compiles itself.
-export PIP_NO_COMPILE ?= 1
+# The hundreds of processes that tests start keep the bytecode of what they import.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Versions differ in how they format, and in what they infer.
 CLANG_FORMAT := 23.1.5
@@ -52,11 +54,13 @@ INSTALLED := $(if $(strip $(VENV)),$(VENV)/installed,build/make/installed$(KEY))
 CONSTRAINTS := build/make/constraints$(KEY)
 BUILT := build/make/built$(KEY)
 SPACE := $(subst ,, )
-SIMULATED := build/make/simulated-$(subst $(SPACE),-,$(strip $(SIM_ARCHS)))$(KEY)
+SIMULATED := build/make/simulated-$(subst $(SPACE),-,$(strip $(SIM_ARCHS)))$(SIM_PTX_ONLY:1=-ptx)$(KEY)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # Another torch in this environment needs another build.
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 
+# Most of what is installed is never imported, and what is compiles itself. (PIP_NO_COMPILE=1 would turn it on.)
+INSTALL = $(PY) -m pip install --no-compile --constraint $(CONSTRAINTS)
 WHERE := $(PY) tests/gpusim/where.py
 IN_PROCESSES := -n $(TEST_JOBS) --dist worksteal
 RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests $(IN_PROCESSES)
@@ -88,14 +92,15 @@ gpu-simulated: $(SIMULATED)  ## the same but for the build, in tiny sizes on a s
 	  --quick --no-build --minutes 30 --output $(CURDIR)/build/gpu $(GPU_ARGS)
 
 bench-peers: $(BUILT)  ## race ResNet-50 against torch.compile, ONNX Runtime and OpenVINO, which it installs
-	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PEERS)
+	$(INSTALL) $(PEERS)
 	$(PY) -m benchmarks --networks resnet50 --peers $(BENCH_ARGS)
 
 test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those of the CUDA kernels on a simulated one
 	$(RUN_TESTS) -m '$(QUICK)' $(TEST_ARGS) $(NONE_IS_FINE)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
-	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_ARCHS=8.0+PTX SIM_TESTS='cuda and $(QUICK)' ;; \
+	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_ARCHS=8.0+PTX SIM_PTX_ONLY=1 \
+	    SIM_TESTS='cuda and $(QUICK)' ;; \
 	  *) echo "The CUDA kernels were not tested: $$where." ;; \
 	esac
 
@@ -189,8 +194,8 @@ $(INSTALLED): Makefile | preflight $(VENV_PY)
 	@mkdir -p $(dir $(CONSTRAINTS))
 	@$(PY) -c 'import importlib.metadata as m; [print("torch==" + d.version) for d in m.distributions(name="torch")]' \
 	  >$(CONSTRAINTS)
-	$(PY) -m pip install --constraint $(CONSTRAINTS) $(PACKAGES)
-	-$(PY) -m pip install --constraint $(CONSTRAINTS) $(WANTED)
+	$(INSTALL) $(PACKAGES)
+	-$(INSTALL) $(WANTED)
 	@touch $@
 
 # One environment's build at a time: the extension lies in resnet_fused/, whoever built it. The stamp bears the
@@ -204,6 +209,6 @@ $(BUILT): $(INSTALLED) $(SOURCES) $(TORCH_FILES)
 # what both compile. The simulator's errors name lines.
 $(SIMULATED): $(INSTALLED) $(SOURCES) $(shell find resnet_fused -name '*.py') $(TORCH_FILES)
 	@mkdir -p $(@D) && rm -rf build/make/simulated* build/simulated && touch build/make/simulated-started
-	FORCE_CUDA=1 RESNET_FUSED_LINEINFO=1 TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' $(PY) setup.py build_py --build-lib build/simulated \
-	  build_ext --build-lib build/simulated
+	FORCE_CUDA=1 RESNET_FUSED_LINEINFO=1 RESNET_FUSED_PTX_ONLY=$(SIM_PTX_ONLY) TORCH_CUDA_ARCH_LIST='$(SIM_ARCHS)' \
+	  $(PY) setup.py build_py --build-lib build/simulated build_ext --build-lib build/simulated
 	@mv build/make/simulated-started $@

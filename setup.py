@@ -6,7 +6,8 @@
 
 The CUDA kernels are compiled for the visible GPUs. Environment: FORCE_CUDA=1 builds them without one, and for all
 usual GPUs; TORCH_CUDA_ARCH_LIST says for which. RESNET_FUSED_LINEINFO=1 lets profilers and tests/gpusim name source
-lines. CXX names the compiler, MAX_JOBS bounds parallel compilation, RESNET_FUSED_WERROR=1 turns warnings into errors.
+lines; RESNET_FUSED_PTX_ONLY=1 compiles the PTX in that list alone, which is all that tests/gpusim reads. CXX names the
+compiler, MAX_JOBS bounds parallel compilation, RESNET_FUSED_WERROR=1 turns warnings into errors.
 """
 
 import os
@@ -79,8 +80,8 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 CXX_FLAGS += ["-g0"]
 # -Wno-psabi: csrc/cpu/conv's vectors are wider than the default target's; they never cross a call that is not inlined.
 CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
-# None may contain the letters "arch", or torch drops what it makes of TORCH_CUDA_ARCH_LIST. Include paths,
-# which may, belong in include_dirs.
+# None may contain the letters "arch", or torch drops what it makes of TORCH_CUDA_ARCH_LIST, as `ptx_only` wants it.
+# Include paths, which may, belong in include_dirs.
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-g0,-Wall,-Wextra,-fvisibility=hidden"]
 
 CXX20_PROBE = "#include <concepts>\ntemplate <std::integral T> T twice(T x) { return x + x; }\n"
@@ -147,6 +148,13 @@ def arch_list(capabilities: list[tuple[int, int]], known: list[str], force: bool
     return ";".join(archs)
 
 
+def ptx_only(archs: str) -> list[str]:
+    """Flags for nvcc that compile what has ``+PTX`` in a list of torch's to that, and nothing to machine code."""
+    named = [arch.removesuffix("+PTX") for arch in archs.replace(" ", ";").split(";") if arch.endswith("+PTX")]
+    numbers = [arch.replace(".", "") for arch in named]
+    return [f"-gencode=arch=compute_{n},code=compute_{n}" for n in numbers]
+
+
 def check_compiler(cxx: str) -> None:
     command = [*shlex.split(cxx), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     try:
@@ -191,6 +199,8 @@ def make_extension(torch, environ):
     if cuda and not environ.get("TORCH_CUDA_ARCH_LIST"):
         cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
         environ["TORCH_CUDA_ARCH_LIST"] = arch_list(cards, known_archs(nvcc), force)
+    if cuda and environ.get("RESNET_FUSED_PTX_ONLY") == "1":
+        nvcc_flags += ptx_only(environ["TORCH_CUDA_ARCH_LIST"])  # torch then adds none of its own
     extension = (CUDAExtension if cuda else CppExtension)(
         name="resnet_fused._C",
         sources=CPP_SOURCES + (CUDA_SOURCES if cuda else WITHOUT_CUDA_SOURCES),

@@ -9,7 +9,6 @@ import functools
 import numpy
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 # ImageNet's statistics, which torchvision's networks expect their inputs to be normalised by.
@@ -22,6 +21,8 @@ SMALLEST_CROP = 224  # pixels
 @functools.cache
 def originals() -> Tensor:
     """A temple and a flower: ``[2, 3, 427, 640]``, float32, 0 to 1."""
+    from sklearn.datasets import load_sample_images  # takes 0.6 s, in each of the processes that race
+
     images = numpy.stack(load_sample_images().images)
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 

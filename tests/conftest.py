@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from simulator import simulated
-from thinning import covering, reason_to_skip
+from thinning import covering, reason_by
 
 import resnet_fused
 from resnet_fused.planner import decide
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 def skip_impossible(items):
     """Skips the cases that can't run here, before others are chosen to cover the values of parameters."""
     for item in items:
-        reason = reason_to_skip(item)
+        reason = reason_by("skip_where", item)
         if reason is None and "sim_counters" in item.fixturenames and not simulated():
             reason = "counts on the simulator only: make test-cuda"
         if reason is not None:
@@ -53,7 +53,9 @@ def mark_further(items):
         slow = item.get_closest_marker("slow")
         if slow and not slow.kwargs.get("reason"):
             raise pytest.UsageError(f"{item.nodeid}: slow without a reason")
-        if not slow and hasattr(item, "callspec"):
+        if reason_by("further_where", item):
+            item.add_marker("further")
+        elif not slow and hasattr(item, "callspec"):
             tests[item.nodeid.split("[")[0], item.get_closest_marker("cuda") is not None].append(item)
     for cases in tests.values():
         possible = [case for case in cases if not case.get_closest_marker("skip")] or cases

@@ -223,6 +223,10 @@ def test_extension_with_cuda(torch_with_cuda):
     assert "-lineinfo" not in nvcc
     with_lines = build.make_extension(torch, {"RESNET_FUSED_LINEINFO": "1"})
     assert "-lineinfo" in with_lines.extra_compile_args["nvcc"]
+    environ = {"RESNET_FUSED_PTX_ONLY": "1", "TORCH_CUDA_ARCH_LIST": "7.5 8.0+PTX;9.0a+PTX"}
+    ptx = build.make_extension(torch, environ).extra_compile_args["nvcc"]
+    expected = [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ("80", "90a")]
+    assert [flag for flag in ptx if "arch" in flag] == expected
 
 
 def test_extension_without_gpu(torch_with_cuda, monkeypatch):

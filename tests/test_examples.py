@@ -41,10 +41,11 @@ def test_digits_trains_eager_and_fused_alike(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_digits_refuses_no_epochs(tmp_path):
-    result = run_digits("--epochs", "0", "--output", tmp_path / "none.png")
-    assert result.returncode == 2
-    assert "--epochs: expected at least 1, got 0" in result.stderr
+def test_digits_refuses_no_epochs(digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        digits.main(["--epochs", "0", "--output", str(tmp_path / "none.png")])
+    assert refusal.value.code == 2
+    assert "--epochs: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_digits_notices_what_is_wrong(digits):

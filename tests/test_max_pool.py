@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from test_ops import not_had
+from thinning import slow_but
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
@@ -90,7 +91,7 @@ def test_bits_are_eagers(dtype, name, channels, kind):
 
 
 @pytest.mark.skip_where(reason=not_had)
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", slow_but(["default"], ["default", "avx2"], "half of this file's tests anew"))
 def test_other_instruction_sets(capability):
     quick = ["-k", "bits_are_eagers", "-m", "not further", "-q", "-p", "no:cacheprovider"]
     environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)

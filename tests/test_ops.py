@@ -380,23 +380,17 @@ def not_had(capability):
 @pytest.mark.parametrize("capability", slow_but(["default"], ["default", "avx2"], "half of this file's tests anew"))
 def test_other_instruction_sets(capability):
     """The kernels for older processors pass the same tests, in a process that is told to use them."""
-    script = "import resnet_fused; print(resnet_fused.build_info()['cpu_instruction_set'])"
-    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
-    used = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    if capability == "default":
-        assert used == "baseline"
-    else:
-        assert used == "avx2"
+    expected = {"default": "baseline", "avx2": "avx2"}[capability]
+    script = f"""
+import sys, pytest, resnet_fused
+assert resnet_fused.build_info()["cpu_instruction_set"] == "{expected}"
+sys.exit(pytest.main(sys.argv[1:]))
+"""
     # One shape of each test: -k excludes this test itself.
     chosen = "(statistics or apply or backward or special or rounding) and not instruction"
-    quick = "not cuda and not slow and not further"
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen, "-m", quick],
-        env=environment,
-        check=True,
-    )
+    quick = ["-k", chosen, "-m", "not cuda and not slow and not further", "-q", "-x", "-p", "no:cacheprovider"]
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
+    subprocess.run([sys.executable, "-c", script, __file__, *quick], env=environment, check=True)
 
 
 @pytest.mark.slow(reason="4 GB, read several times")

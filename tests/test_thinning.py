@@ -55,25 +55,9 @@ def test_what_is_missing_is_named():
     assert missing("torch", "no_such_module", "nor_this") == "needs no_such_module, nor_this"
 
 
-@pytest.fixture
-def quick(tmp_path):
-    """A function that runs the cases of some code that `make test` would: what each came to, by its parameters."""
-
-    def run(code):
-        file = tmp_path / "test_of_some_cases.py"
-        file.write_text(f"import pytest\n{code}")
-        environ = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-p", "conftest", "-c", ROOT / "pyproject.toml", "-v", "--rootdir"]
-        command += [tmp_path, "-p", "no:cacheprovider", "-m", "not slow and not further", file]
-        lines = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
-        found = [line.split()[:2] for line in lines if "::" in line and "%]" in line]
-        return {name.partition("[")[2].rstrip("]"): outcome for name, outcome in found}
-
-    return run
-
-
-def test_a_case_that_cannot_run_stands_for_none(quick):
-    outcomes = quick("""
+SKIPS = {
+    "a case that cannot run stands for none": (
+        """
 @pytest.mark.skip_where(reason=lambda a: "none of these" if a == 1 else None)
 @pytest.mark.skip_where(reason=lambda b, a: "nor these" if (a, b) == (2, "x") else None)
 @pytest.mark.each_value
@@ -81,21 +65,47 @@ def test_a_case_that_cannot_run_stands_for_none(quick):
 @pytest.mark.parametrize("b", ["x", "y"])
 def test(a, b):
     assert a > 1
-""")
-    assert outcomes == {"x-3": "PASSED", "y-2": "PASSED"}
-
-
-def test_a_case_that_skips_while_it_runs_fails(quick):
-    assert quick("""
+""",
+        {"x-3": "PASSED", "y-2": "PASSED"},
+    ),
+    "a case that skips while it runs fails": (
+        """
 @pytest.mark.parametrize("a", [1, 2])
 def test(a):
     if a == 1:
         pytest.skip("says so late")
-""") == {"1": "FAILED", "2": "PASSED"}
-
-
-def test_a_test_of_one_case_may_skip_while_it_runs(quick):
-    assert quick("""
+""",
+        {"1": "FAILED", "2": "PASSED"},
+    ),
+    "a case that is left to others stands for none, nor does a value that only it has": (
+        """
+@pytest.mark.further_where(reason=lambda a, b: "takes long" if (a, b) == (1, "x") or a == 3 else None)
+@pytest.mark.parametrize("a", [1, 2, 3])
+@pytest.mark.parametrize("b", ["x", "y"])
+def test(a, b):
+    pass
+""",
+        {"y-1": "PASSED", "x-2": "PASSED", "y-2": "PASSED"},
+    ),
+    "a test of one case may skip while it runs": (
+        """
 def test():
     pytest.skip("stands for itself alone")
-""") == {"": "SKIPPED"}
+""",
+        {"": "SKIPPED"},
+    ),
+}
+
+
+def test_what_is_skipped(tmp_path):
+    """Which cases of some code `make test` would run, and what each came to, by its parameters."""
+    for i, (code, _) in enumerate(SKIPS.values()):
+        (tmp_path / f"test_{i}.py").write_text(f"import pytest\n{code}")
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-c", ROOT / "pyproject.toml", "-v", "--rootdir"]
+    command += [tmp_path, "-p", "no:cacheprovider", "-m", "not slow and not further", tmp_path]
+    environ = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONDONTWRITEBYTECODE": "1"}
+    lines = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
+    found = [line.split()[:2] for line in lines if "::" in line and "%]" in line]
+    for i, (what, (_, expected)) in enumerate(SKIPS.items()):
+        of_it = [(name, outcome) for name, outcome in found if name.startswith(f"test_{i}.py")]
+        assert {name.partition("[")[2].rstrip("]"): outcome for name, outcome in of_it} == expected, what

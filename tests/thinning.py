@@ -39,13 +39,14 @@ def slow_but(quick: Sequence[str], names: Iterable[str], reason: str) -> list:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow(reason=reason)) for name in names]
 
 
-def reason_to_skip(item: pytest.Item) -> str | None:
-    """Why a case can't run here, by its marks ``skip_where(reason=function)``; None if it can.
+def reason_by(mark_name: str, item: pytest.Item) -> str | None:
+    """Why a case is skipped (``skip_where``) or left to `make test-all` (``further_where``); None if it isn't.
 
-    The function is called with those of the case's parameters that it takes, and returns a reason or None.
+    A mark's function, its ``reason``, is called with those of the case's parameters that it takes, and returns a reason
+    or None.
     """
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    for mark in item.iter_markers("skip_where"):
+    for mark in item.iter_markers(mark_name):
         function = mark.kwargs["reason"]
         taken = inspect.signature(function).parameters
         if reason := function(**{name: value for name, value in given.items() if name in taken}):

@@ -142,6 +142,11 @@ inline void dispatch_bool(bool value, Call call) {
   value ? call(Bool<true>{}) : call(Bool<false>{});
 }
 
+// Whether backward comes across it: a shortcut has coefficients where it is the second of a pair, only there. The other
+// instances would be a third of what is compiled.
+template <Mask kMask, bool kPair>
+constexpr bool kOccurs = shortcut_of(kMask) == Shortcut::kAffine ? kPair : !kPair || kMask <= Mask::kOutput;
+
 // ---- element-wise kernels --------------------------------------------------------------------------------------
 
 template <class T, bool kRelu, Shortcut kShortcut, bool kPerChannel>
@@ -238,10 +243,14 @@ void backward_apply(const BackwardApplyParams& p, int64_t begin, int64_t end) {
     dispatch_mask(p.mask, p.shortcut, [&](auto mask) {
       dispatch_bool(p.batch_statistics, [&](auto statistics) {
         using T = decltype(t);
-        if (!p.grad_shortcut) return backward_apply_slices<T, mask.value, statistics.value>(p, begin, end);
-        dispatch_bool(p.shortcut_batch_statistics, [&](auto shortcut_statistics) {
-          backward_apply_pair_slices<T, mask.value, statistics.value, shortcut_statistics.value>(p, begin, end);
-        });
+        if constexpr (kOccurs<mask.value, false>) {
+          if (!p.grad_shortcut) return backward_apply_slices<T, mask.value, statistics.value>(p, begin, end);
+        }
+        if constexpr (kOccurs<mask.value, true>) {
+          dispatch_bool(p.shortcut_batch_statistics, [&](auto shortcut_statistics) {
+            backward_apply_pair_slices<T, mask.value, statistics.value, shortcut_statistics.value>(p, begin, end);
+          });
+        }
       });
     });
   });
@@ -473,8 +482,10 @@ void backward_reduce(const BackwardReduceParams& p, void* partials, int64_t tile
     dispatch_mask(p.mask, p.shortcut, [&](auto mask) {
       dispatch_bool(p.shortcut.coefficients != nullptr, [&](auto pair) {
         using T = decltype(t);
-        p.extent.inner == 1 ? backward_reduce_rows<T, mask.value, pair.value>(p, partials, tile, block)
-                            : backward_reduce_planes<T, mask.value, pair.value>(p, partials, tile, block);
+        if constexpr (kOccurs<mask.value, pair.value>) {
+          p.extent.inner == 1 ? backward_reduce_rows<T, mask.value, pair.value>(p, partials, tile, block)
+                              : backward_reduce_planes<T, mask.value, pair.value>(p, partials, tile, block);
+        }
       });
     });
   });
