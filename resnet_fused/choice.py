@@ -60,6 +60,9 @@ class Use(Enum):
 FEW_CHANNELS = 8  # below, a filter row is too short a product
 FEW_PIXELS = 1024  # of all images' output: the library's own cost per call shows
 FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/transposed.h
+# Of one image in training, in float32, up to which the library was the faster one: of 1x1 filters, and of larger ones.
+FEWEST_TRAINED = 16
+FEWEST_TRAINED_BY_TAPS = 64
 # Of PyTorch's own, ConvParams::use_mkldnn in ATen/native/Convolution.cpp: elements of an input of one image, and
 # filters' height and width.
 MOST_PLAIN = 20480
@@ -99,17 +102,19 @@ def native_is_faster(
     Where the table's class was mostly at least as fast; training passes are taken as a whole, since each spares the
     next one's work, but for what has few channels or pixels.
     """
-    if use in (Use.FPROP, Use.BACKWARD) and library_spares_packing(dtype, x_shape, weight_shape):
-        return False
+    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
+    pixels = x_shape[0] * height * width
+    pointwise = weight_shape[2] == weight_shape[3] == 1
+    if use in (Use.FPROP, Use.BACKWARD) and dtype == torch.float32 and x_shape[0] == 1:
+        few = pixels <= (FEWEST_TRAINED if pointwise else FEWEST_TRAINED_BY_TAPS)
+        if few or library_spares_packing(dtype, x_shape, weight_shape):
+            return False
     if use is Use.BACKWARD:
         return True
     if weight_shape[1] < FEW_CHANNELS:
         return False
     if use is Use.FPROP:
         return True
-    height, width = output_plane(x_shape[2:], weight_shape[2:], stride, padding, dilation)
-    pixels = x_shape[0] * height * width
-    pointwise = weight_shape[2] == weight_shape[3] == 1
     if dtype == torch.float32:
         by_one = tuple(stride) == tuple(dilation) == (1, 1)
         winograd = tuple(weight_shape[2:]) == (3, 3) and by_one and max(padding) <= 2

@@ -420,7 +420,7 @@ def _why(
     planned = source in ("file", "measured")
     measured = f"measured to be the faster: {'resnet_fused.plan' if planned else 'resnet_fused/choice.py'}"
     if native is None:
-        return Engine("eager", measured if planned else "this call does not run fused")
+        return Engine("eager", measured if planned or source == "table" else "this call does not run fused")
     asked = current_engine()
     if native:
         return Engine("native", f'engine("{asked}")' if asked == "native" else measured)

@@ -226,6 +226,8 @@ def test_auto_follows_the_table(use, dtype):
     assert faster((1, 512, 14, 14), (512, 512, 3, 3), halved) == (not trains_float32)
     assert faster((1, 512, 7, 7), (2048, 512, 1, 1), ((1, 1), (0, 0), (1, 1)))
     assert faster((1, 512, 2, 2), (2048, 512, 1, 1), ((1, 1), (0, 0), (1, 1))) == (not trains_float32)
+    assert faster((4, 512, 2, 2), (2048, 512, 1, 1), ((1, 1), (0, 0), (1, 1)))
+    assert faster((1, 64, 16, 16), weight3) == (not trains_float32)  # PyTorch's plain product
     some = faster((1, 128, 28, 28), (128, 128, 3, 3), halved)
     assert some == (use in (Use.BACKWARD, Use.FPROP) or dtype == torch.bfloat16)
 

@@ -610,9 +610,9 @@ def two_runs():
     return model
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def whole(monkeypatch):
-    """Makes fused and eager calls of a module take so long."""
+    """Makes fused and eager calls of a module take so long; otherwise fused ones are the faster ones."""
 
     def inject(fused, eager):
         def medians(runs, operands, clock):
@@ -622,6 +622,7 @@ def whole(monkeypatch):
 
         monkeypatch.setattr(command, "medians", medians)
 
+    inject(1.0, 2.0)
     return inject
 
 
@@ -681,3 +682,29 @@ def choices_of(model, x):
 
 def state_of(model):
     return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "count, dtype, memory, eager",
+    [
+        (1, torch.float32, "default", True),
+        (2, torch.float32, "default", False),
+        (1, torch.bfloat16, "default", False),
+        (1, torch.float32, "minimal", False),
+    ],
+)
+def test_one_small_image_is_eagers_in_training(count, dtype, memory, eager):
+    """PyTorch multiplies it without packing weights; with more images, or in 16 bits, it does not."""
+    model = basic_block().to(dtype)
+    rf.set_memory(model, memory)
+    x = images(count).to(dtype)
+    found = call_of(model, x)
+    assert (found.choices == EAGER, found.source) == (eager, "table")
+    with torch.no_grad():
+        assert call_of(model.eval(), x).choices != EAGER
+
+
+def test_explain_says_that_the_table_leaves_a_block_to_eager():
+    found = rf.explain(torch.nn.Sequential(two_runs()), images(1), training=True, rounds=1)
+    engines = {engine for b in found.blocks for c in b.convolutions for engine in c.passes.values()}
+    assert {e.name for e in engines} == {"eager"} and all("choice.py" in e.why for e in engines)

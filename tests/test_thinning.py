@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from thinning import covering, missing
 
 ROOT = Path(__file__).parents[1]
