@@ -27,7 +27,7 @@ both, small image                                         0.3 to 1.7   0.4 to 2.
 =============================== ============ ============ ============ ============
 
 One small image is one of 64x64, measured later than the rest; in float32 26 of 39 cases lie below 0.75 there, see
-:func:`library_spares_packing`. With 4 images of 64x64 native blocks were 1.0 to 1.5 times as fast as the others.
+:func:`library_spares_packing`. With 4 images of 64x64 native blocks were 0.9 to 1.5 times as fast as the others.
 
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
@@ -81,8 +81,9 @@ def library_spares_packing(dtype: torch.dtype, x_shape: Sequence[int], weight_sh
 def eager_is_faster(plain: Sequence[bool]) -> bool:
     """Whether a block is left to eager in training, by :func:`library_spares_packing` of its convolutions.
 
-    ResNet-50 on one image of 64x64: eager was the fastest in 11 of the 12 blocks with more than half of them, and
-    native convolutions, the plain ones left to the library, 1.1 and 1.2 times as fast in the other 2.
+    ResNet-50 on one image of 64x64: eager was the fastest in 11 of the 14 blocks with more than half of them, and 0.93
+    of the fastest in the others; with fewer, native convolutions, the plain ones left to the library, were 1.1 and 1.2
+    times as fast as eager.
     """
     return 2 * sum(plain) > len(plain)
 
