@@ -24,7 +24,7 @@ QUICK := not slow and not further
 export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
-# The hundreds of processes that tests start keep the bytecode of what they import.
+# The processes that tests start keep the bytecode of what they import.
 unexport PYTHONDONTWRITEBYTECODE
 
 # Versions differ in how they format, and in what they infer.

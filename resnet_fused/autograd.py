@@ -106,11 +106,11 @@ def residual(
     relu: bool,
     memory: str,
     cast_weights: bool,
-    beside: str = "",
+    within: str = "",
 ) -> Tensor | None:
     """Run a block through the fused Function; arguments as in :func:`resnet_fused.functional.residual`.
 
-    ``beside``: as in :class:`resnet_fused.planner.keys.Key`.
+    ``within``: as in :class:`resnet_fused.planner.keys.Key`.
 
     None where a plan leaves the block to eager PyTorch.
     """
@@ -120,13 +120,13 @@ def residual(
         given: tuple[Any, ...] = (x, shortcut) if join is Join.TENSOR else (x,)
         given += tuple(t for u in chain for t in (*(u.conv or ())[:2], *(u.norm or ())[:2]))
         if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)):
-            return inference.residual(x, units, shortcut, relu, beside=beside)
+            return inference.residual(x, units, shortcut, relu, within=within)
     external: Any = shortcut if join is Join.TENSOR else None
     minimal = memory == "minimal"
     if torch.compiler.is_compiling():
         return compiled.residual(x, external, chain, join, relu, minimal, cast_weights)
     reads = block.reads_joined(chain, join, relu)
-    chosen = decide.choices(True, x, chain, join, relu, minimal, cast_weights, reads, beside)
+    chosen = decide.choices(True, x, chain, join, relu, minimal, cast_weights, reads, within)
     if not chosen:
         return None
     plan, tensors = block.assemble(chosen, chain, join, relu, minimal, cast_weights, reads)

@@ -23,6 +23,7 @@ from resnet_fused.choice import Use
 from resnet_fused.counting import Operators, bytes_kept
 from resnet_fused.distributed import copy_of, exchange_of
 from resnet_fused.engine import current_engine, engine
+from resnet_fused.planner.measure import step
 from resnet_fused.planner.recording import recording
 from resnet_fused.surgery import FuseReport, fuse
 from resnet_fused.surgery.context import compute_dtype
@@ -241,7 +242,7 @@ def _explain(fused: nn.Module, arguments: tuple, device: torch.device, rounds: i
                 found[kind] = _measure(s, eager.get_submodule(s.name), training, rounds)
             blocks.append(_renamed(found[kind], s))
         steps = {
-            name: partial(_step, partial(module, *arguments), [p for p in module.parameters() if p.requires_grad])
+            name: partial(step, partial(module, *arguments), [p for p in module.parameters() if p.requires_grad])
             for name, module in (("fused", fused), ("eager", eager))
         }
         kept = {"fused": 0, "eager": 0}
@@ -311,13 +312,13 @@ def _measure(s: _Seen, eager: nn.Module, training: bool, rounds: int) -> Block:
     counted = {}
     for name, call in (("fused", fused), ("eager", plain)):
         with Operators() as operators:
-            _step(call, learnt)
+            step(call, learnt)
         counted[name] = operators
     with recording() as noted:  # of whom eager has no calls
         fused()
     source = noted.calls[0].source if noted.calls else ""
     convolutions = _engines_of(s, z, dtype, counted["fused"].names, source)
-    steps = {"fused": partial(_step, fused, learnt), "eager": partial(_step, plain, learnt)}
+    steps = {"fused": partial(step, fused, learnt), "eager": partial(step, plain, learnt)}
     reasons = [ops.native_reason(*_probe(shape, dtype, x, c)) for _, c, shape in _with_inputs(s, x.shape)]
     forced = [name for name in ENGINES if name == "library" or None in reasons] if convolutions else []
     for name in forced:
@@ -453,16 +454,9 @@ def _spelt(c: Conv, shape: Sequence[int]) -> str:
     return f"{shape[1]}->{filters} {height}x{width}{stride}{groups} on {shape[2]}x{shape[3]}"
 
 
-def _step(call: Callable[[], Any], learnt: Sequence[Tensor]) -> None:
-    """Forward and, where something is recorded, backward to ``learnt``; nobody's ``grad`` is written."""
-    outputs = [t for t in tree_leaves(call()) if isinstance(t, Tensor) and t.requires_grad]
-    if outputs and learnt:
-        torch.autograd.grad(outputs, learnt, [torch.ones_like(t) for t in outputs], allow_unused=True)
-
-
-def _on_engine(name: str, step: Callable[[], None]) -> None:
+def _on_engine(name: str, call: Callable[[], None]) -> None:
     with engine(name):
-        step()
+        call()
 
 
 def _times(steps: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
@@ -470,22 +464,22 @@ def _times(steps: Mapping[str, Callable[[], object]], device: torch.device, roun
     accelerated = device.type != "cpu"
     calls = _CALLS if accelerated else 1
 
-    def seconds(step: Callable[[], object]) -> float:
+    def seconds(call: Callable[[], object]) -> float:
         if accelerated:
             torch.accelerator.synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
-            step()
+            call()
         if accelerated:
             torch.accelerator.synchronize(device)
         return (time.perf_counter() - start) / calls
 
-    for step in steps.values():
-        step()
+    for call in steps.values():
+        call()
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for name, step in steps.items():
-            found[name].append(seconds(step))
+        for name, call in steps.items():
+            found[name].append(seconds(call))
     return {name: statistics.median(times) for name, times in found.items()}
 
 

@@ -26,7 +26,7 @@ def residual(
     shortcut: Tensor | Unit | None,
     relu: bool,
     overwrite: bool = False,
-    beside: str = "",
+    within: str = "",
 ) -> Tensor | None:
     """A block as in :func:`resnet_fused.functional.residual`, its units frozen and nothing to differentiate.
 
@@ -35,7 +35,7 @@ def residual(
         units: their ``norm`` may be None where the convolution is all there is.
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
         overwrite: nobody reads the shortcut's tensor afterwards, and its memory may be written over.
-        beside: as in :class:`resnet_fused.planner.keys.Key`.
+        within: as in :class:`resnet_fused.planner.keys.Key`.
 
     Returns:
         None where a plan leaves the block to eager PyTorch, in the layout that it came in.
@@ -49,7 +49,7 @@ def residual(
     if identity:
         shortcut = x
     chain = (*units, shortcut) if isinstance(shortcut, Unit) else tuple(units)
-    choices = decide.choices(False, x, chain, Join.of(x, shortcut), relu, beside=beside)
+    choices = decide.choices(False, x, chain, Join.of(x, shortcut), relu, within=within)
     if not choices and not contiguous:
         return None
     z = run_units(x, units, shortcut, relu, choices, overwrite)

@@ -5,16 +5,21 @@
 import copy
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pairs import PAIRS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused import block, ops
-from resnet_fused.planner import command, decide, keys, search, store
+from resnet_fused.planner import decide, keys, modules, search, store
 from resnet_fused.planner.entry import EAGER, Entry, all_library, name_of
 from resnet_fused.planner.recording import recording
 from resnet_fused.planner.scratch import Scratch
@@ -40,11 +45,23 @@ def images(n=2):
     return torch.randn(n, CHANNELS, 6, 6).to(memory_format=torch.channels_last)
 
 
-def call_of(model, x):
+def calls_of(model, x):
     with recording() as noted:
         model(x)
-    (call,) = noted.calls
+    return noted.calls
+
+
+def call_of(model, x):
+    (call,) = calls_of(model, x)
     return call
+
+
+def choices_of(model, x):
+    return [call.choices for call in calls_of(model, x)]
+
+
+def state_of(model):
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
 def table_of(model, x):
@@ -104,6 +121,22 @@ def ran(monkeypatch):
 
     monkeypatch.setattr(block, "assemble", noted)
     return found
+
+
+@pytest.fixture(autouse=True)
+def whole(monkeypatch):
+    """Makes fused and eager calls of a module take so long; otherwise fused ones are the faster ones."""
+
+    def inject(fused, eager):
+        def medians(runs, operands, clock):
+            for run in runs.values():
+                run(operands[0])
+            return {"fused": fused, "eager": eager}
+
+        monkeypatch.setattr(modules, "medians", medians)
+
+    inject(1.0, 2.0)
+    return inject
 
 
 def costs_of_passes(fprop, backward):
@@ -570,7 +603,7 @@ def test_export_load_show_clear(measured, ran, tmp_path, capsys):
     capsys.readouterr()
     rf.plan.show()
     shown = capsys.readouterr().out
-    assert str(call_of(model, x).key) in shown and str(rf.plan.path()) in shown
+    assert str(call_of(model, x).key.alone) in shown and str(rf.plan.path()) in shown
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="other.json: not a file of plans"):
         rf.plan.load(tmp_path / "other.json")
@@ -598,32 +631,15 @@ class TwoRuns(torch.nn.Module):
         super().__init__()
         self.conv1, self.bn1 = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS)
         self.conv2, self.bn2 = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS)
-        self.act = torch.nn.ReLU6()
 
     def forward(self, x):
-        return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        return F.relu6(self.bn2(self.conv2(F.relu6(self.bn1(self.conv1(x))))))
 
 
 def two_runs():
     model = TwoRuns().to(memory_format=torch.channels_last)
     rf.fuse(model)
     return model
-
-
-@pytest.fixture(autouse=True)
-def whole(monkeypatch):
-    """Makes fused and eager calls of a module take so long; otherwise fused ones are the faster ones."""
-
-    def inject(fused, eager):
-        def medians(runs, operands, clock):
-            for run in runs.values():
-                run(operands[0])
-            return {"fused": fused, "eager": eager}
-
-        monkeypatch.setattr(command, "medians", medians)
-
-    inject(1.0, 2.0)
-    return inject
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -656,14 +672,41 @@ def test_a_module_that_is_slower_as_a_whole_is_left_to_eager(eager, training, me
         assert choices_of(two_runs().train(training), x) == [expected] * 2
 
 
-def test_a_module_that_became_faster_is_fused_again(measured, whole):
+def test_a_module_that_became_faster_is_fused_again(measured, whole, ran):
     model, x = two_runs(), images()
     whole(1.0, 0.5)
     rf.plan(model, x)
     assert choices_of(model, x) == [EAGER] * 2
     whole(1.0, 2.0)
+    ran.clear()
     rf.plan(model, x)
+    assert set(ran) == {MIXED[:1]}  # what raced was fused
     assert choices_of(model, x) == [MIXED[:1]] * 2
+
+
+def test_no_memory_to_race_a_module_leaves_its_blocks_as_planned(measured, monkeypatch):
+    def medians(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(modules, "medians", medians)
+    model, x = two_runs(), images()
+    assert rf.plan(model, x).modules == []
+    assert choices_of(model, x) == [MIXED[:1]] * 2
+
+
+def test_a_module_has_the_same_keys_in_each_process():
+    """Functions, whose addresses differ, are steps of it."""
+    script = """
+import test_plan, torch
+model = test_plan.two_runs().eval()
+with torch.no_grad():
+    print(*(call.key for call in test_plan.calls_of(model, test_plan.images())), sep="\\n")
+"""
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    found = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        here = [str(call.key) for call in calls_of(two_runs().eval(), images())]
+    assert found.stdout.splitlines() == here and len(here) == 2
 
 
 def test_minimal_memory_is_never_left_to_eager(measured, whole):
@@ -672,16 +715,6 @@ def test_minimal_memory_is_never_left_to_eager(measured, whole):
     rf.set_memory(model, "minimal")
     assert rf.plan(model, x).modules == []
     assert choices_of(model, x) == [MIXED[:1]] * 2
-
-
-def choices_of(model, x):
-    with recording() as noted:
-        model(x)
-    return [call.choices for call in noted.calls]
-
-
-def state_of(model):
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,21 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fused.distributed import alone
 from resnet_fused.engine import engine
 from resnet_fused.planner import decide, store
 from resnet_fused.planner.entry import EAGER, Choices, Entry
 from resnet_fused.planner.keys import Key
-from resnet_fused.planner.measure import clock_for, medians
+from resnet_fused.planner.modules import ModulePlan, race
 from resnet_fused.planner.recording import ModuleCall, recording
-
-LEAST_GAIN = 0.01  # by so much a module's own steps have to be faster than its fused blocks
 
 
 @dataclass(frozen=True)
@@ -52,25 +50,6 @@ def _describe(entry: Entry) -> str:
         lines.append("    " + ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in found))
     lines += [f"    disqualified: {name}: {reason}" for name, reason in entry.disqualified.items()]
     return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """One kind of module: median seconds of a call, in training with its backward, with its fused blocks as planned
-    and by its own steps."""
-
-    name: str
-    seconds: float
-    eager_seconds: float
-
-    @property
-    def eager(self) -> bool:
-        """Whether its blocks are left to eager PyTorch, whatever is the fastest for each alone."""
-        return self.eager_seconds < (1 - LEAST_GAIN) * self.seconds
-
-    def __str__(self) -> str:
-        times = f"fused {1e3 * self.seconds:.3g} ms, eager {1e3 * self.eager_seconds:.3g} ms"
-        return f"{self.name} as a whole: {'eager' if self.eager else 'fused'}: {times}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +112,7 @@ class Planner:
                 _settle(key, entry)
                 blocks.append(BlockPlan(key, counts[key], entry.choices, "measured", entry))
             found = {b.key: b.entry for b in blocks if b.entry is not None}
-            modules = [] if note else [_whole(module, found) for module in noted.modules.values()]
+            modules = [] if note else [_settle_module(module, found) for module in noted.modules.values()]
         report = PlanReport(blocks, [m for m in modules if m is not None], note)
         print(report)
         return report
@@ -178,37 +157,16 @@ def _settle(key: Key, entry: Entry) -> None:
     decide.decide(key, entry)
 
 
-def _whole(module: ModuleCall, found: dict[Key, Entry]) -> ModulePlan | None:
-    """Races ``module`` with its blocks as they were ``found`` against its own steps, and leaves its blocks to eager
-    where that is faster.
-
-    Blocks are measured alone, out of cold caches; in a module each reads what was written just before, and the calls
-    around it take their time. None where there is nothing to choose.
-    """
-    alone = [found[key.alone] for key in module.keys]
-    exchanges = any(isinstance(m, nn.SyncBatchNorm) for m in module.module.modules())
-    if exchanges or any(key.minimal for key in module.keys) or not any(entry.choices for entry in alone):
-        return None
-    device = module.keys[0].device
-    grads: list[Tensor] = []
-
-    def step(run: Callable) -> None:
-        # Not leaves: its steps may write over them.
-        results = run(module.module, *(t.view_as(t) for t in module.tensors))
-        results = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
-        learnt = [t for t in (*module.module.parameters(), *module.tensors) if t.requires_grad]
-        if results and learnt:
-            grads[:] = grads or [torch.randn_like(t) for t in results]
-            torch.autograd.grad(results, learnt, grads, allow_unused=True)
-
-    runs = {"fused": lambda _: step(module.fused), "eager": lambda _: step(module.eager)}
-    seconds = medians(runs, [None], clock_for(device))
-    plan = ModulePlan(type(module.module).__name__, seconds["fused"], seconds["eager"])
-    for key, entry in zip(module.keys, alone, strict=True):
-        if plan.eager:
-            _settle(key, Entry(EAGER, "eager", str(plan), entry.seconds, entry.disqualified))
-        elif key.beside and decide.store.find(key) is not None:  # from an earlier race
+def _settle_module(module: ModuleCall, found: dict[Key, Entry]) -> ModulePlan | None:
+    """Leaves the blocks of ``module`` to eager where its own steps are faster. ``found``: of its blocks, alone."""
+    entries = [found[key.alone] for key in module.keys]
+    for key, entry in zip(module.keys, entries, strict=True):
+        if decide.store.find(key) is not None:  # from an earlier race
             _settle(key, entry)
+    plan = race(module, entries)
+    if plan is not None and plan.eager:
+        for key, entry in zip(module.keys, entries, strict=True):
+            _settle(key, Entry(EAGER, "eager", str(plan), entry.seconds, entry.disqualified))
     return plan
 
 

@@ -96,7 +96,7 @@ def choices(
     minimal: bool = False,
     cast_weights: bool = False,
     reads_joined: bool = False,
-    beside: str = "",
+    within: str = "",
 ) -> Choices:
     """Per unit of ``chain``, the projection's last, whether its fprop is native, and its dgrad and wgrad.
 
@@ -108,7 +108,7 @@ def choices(
     recording = recorded()
     if recording is None and engine != "auto":
         return possible(training, x, chain) if engine == "native" else all_library(chain)
-    key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined, beside)
+    key = key_of(training, x, chain, join, relu, minimal, cast_weights, reads_joined, within)
     if recording is None:
         found = _decided.get(key)
         chosen = found[0] if found is not None else _decide(key, x, chain)
@@ -159,7 +159,7 @@ def _known(key: Key, native: Choices) -> tuple[Choices, str] | None:
     """What was decided or is in a file of a block where it is, else of the block wherever it is."""
     if key.deterministic or mode() == "off":
         return None
-    if key.beside and (entry := store.find(key)) is not None:
+    if key.within and (entry := store.find(key)) is not None:
         return _limited(entry, native), "file"
     if key.alone in _decided:
         return _decided[key.alone]
@@ -241,8 +241,8 @@ def decide(key: Key, entry: Entry) -> None:
     global _generation
     with _lock:
         _generation += 1
-        if not key.beside:  # those that follow this one
-            for other in [k for k in _decided if k.beside and k.alone == key]:
+        if not key.within:  # those that follow this one
+            for other in [k for k in _decided if k.within and k.alone == key]:
                 del _decided[other]
         _decided[key] = entry.choices, "measured"
 

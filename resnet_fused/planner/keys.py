@@ -65,12 +65,12 @@ class Key(NamedTuple):
     threads: int  # of a CPU, else 0
     precision: str  # of the library's float32 convolutions
     deterministic: bool
-    beside: str = ""  # of a module with several fused runs: which module, told by its graph and layers
+    within: str = ""  # the module whose block it is, told by its steps and layers; of a function's none
 
     @property
     def alone(self) -> Key:
         """The same block wherever it is."""
-        return self._replace(beside="") if self.beside else self
+        return self._replace(within="") if self.within else self
 
     def __str__(self) -> str:
         flags = ("relu", "minimal", "cast_weights", "reads_joined", "deterministic")
@@ -83,7 +83,7 @@ class Key(NamedTuple):
                 f"join {self.join.name.lower()}",
                 *(flag for flag in flags if getattr(self, flag)),
                 *([f"float32 as {self.precision}"] if self.precision else []),
-                *([f"in module {self.beside}"] if self.beside else []),
+                *([f"in module {self.within}"] if self.within else []),
             ]
         )
 
@@ -101,7 +101,7 @@ def key_of(
     minimal: bool = False,
     cast_weights: bool = False,
     reads_joined: bool = False,
-    beside: str = "",
+    within: str = "",
 ) -> Key:
     """The key of a call. It is made in every call: a bottleneck's takes some microseconds.
 
@@ -139,7 +139,7 @@ def key_of(
         reads_joined,
         tuple(units),
         *settings(x),
-        beside,
+        within,
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from resnet_fused.engine import without_autocast
 
@@ -93,6 +95,20 @@ def medians(runs: Mapping[str, Callable[[Any], object]], operands: Sequence[Any]
         for name in racing[first:] + racing[:first]:
             times[name].append(once(name))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def step(call: Callable[[], object], learnt: Sequence[Tensor]) -> None:
+    """Forward and, where something is recorded, backward to ``learnt``; nobody's ``grad`` is written."""
+    outputs = [t for t in tree_leaves(call()) if isinstance(t, Tensor) and t.requires_grad]
+    if outputs and learnt:
+        torch.autograd.grad(outputs, learnt, [torch.ones_like(t) for t in outputs], allow_unused=True)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what ``error`` says, of a GPU or of a CPU, where it has no class of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "not enough memory" in str(error) or "allocate memory" in str(error)
 
 
 def apart(device: torch.device, function: Callable[[], Found]) -> Found:

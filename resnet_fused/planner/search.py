@@ -12,7 +12,7 @@ import torch
 
 from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both, name_of
 from resnet_fused.planner.keys import Key, machine
-from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, medians
+from resnet_fused.planner.measure import Clock, apart, cache_bytes, clock_for, medians, ran_out_of_memory
 from resnet_fused.planner.proof import Proof
 from resnet_fused.planner.scratch import Scratch, copies, make
 
@@ -37,16 +37,10 @@ def plan_block(
     """
     try:
         return apart(key.device, lambda: _Search(key, native, known, clock).entry(table))
-    except (torch.OutOfMemoryError, MemoryError):
-        return _without_memory(key)
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "allocate memory" not in str(error):  # a CPU's
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out_of_memory(error):
             raise
-        return _without_memory(key)
-
-
-def _without_memory(key: Key) -> Entry:
-    return Entry(all_library(key.units), "library", "not enough memory to measure", {}, {})
+        return Entry(all_library(key.units), "library", "not enough memory to measure", {}, {})
 
 
 def _available(device: torch.device) -> int:

@@ -94,7 +94,7 @@ def run_block(
     relu: bool,
     memory: str,
     overwrite: bool = False,
-    beside: str = "",
+    within: str = "",
 ) -> Tensor | None:
     """A chain of units with a ReLU between them and one join, or None or `COMPOSED` where the modules are to be called.
 
@@ -106,7 +106,7 @@ def run_block(
         relu: whether a ReLU follows.
         memory: as in :func:`resnet_fused.functional.residual`.
         overwrite: nobody reads a shortcut's tensor afterwards.
-        beside: as in :class:`resnet_fused.planner.keys.Key`.
+        within: as in :class:`resnet_fused.planner.keys.Key`.
     """
     if not fusible(x):
         return None
@@ -167,9 +167,9 @@ def run_block(
         if reference:
             return reference_residual(cast, units, joined, relu)
         if infers:
-            z = inference.residual(cast, units, joined, relu, overwrite and not autocast, beside)
+            z = inference.residual(cast, units, joined, relu, overwrite and not autocast, within)
         else:
-            z = autograd.residual(cast, units, joined, relu, memory, autocast, beside)
+            z = autograd.residual(cast, units, joined, relu, memory, autocast, within)
     return COMPOSED if z is None else z
 
 
