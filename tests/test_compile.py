@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from pairs import PAIRS, downsample, pair
-from thinning import slow_but
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import resnet_fused as rf
 from resnet_fused import block, compiled, inference, opaque, ops
 from resnet_fused.functional import Conv, Norm, Unit
+from resnet_fused.surgery.context import assume_constant_result
 from resnet_fused.units import Join
 
 PLANE = (14, 12)
@@ -136,7 +136,8 @@ def test_one_compilation_for_all_batches(name, mode):
     check(name, "aot_eager", **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", slow_but(["train"], INDUCTED, "the C++ that inductor writes is compiled"))
+@pytest.mark.slow(reason="the C++ that inductor writes is compiled")
+@pytest.mark.parametrize("mode", INDUCTED)
 def test_inductor_too(mode):
     check("bottleneck_stride", "inductor", **MODES[mode])
 
@@ -236,3 +237,8 @@ def test_frozen_norms(learns):
     expected = torch.autograd.grad(block(x).square().sum(), learnt)
     found = torch.autograd.grad(torch.compile(block, fullgraph=True, backend="aot_eager")(x).square().sum(), learnt)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_constants_are_marked_as_torch_does_it():
+    ours, theirs = assume_constant_result(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs) != {}

@@ -183,15 +183,10 @@ def on_the_cpu_only(device=None, geometry=None):
     return "native on the CPU only" if device == "cuda" and geometry in CPU_GEOMETRIES else None
 
 
-def of_16_bits(device=None, geometry=None, dtype=None):
-    alike = "to a GPU's tiles bfloat16 is the same, and small shapes have each conversion"
-    return alike if device == "cuda" and geometry in LARGE and dtype == torch.float16 else None
-
-
 pytestmark = [
     needs_native,
     pytest.mark.skip_where(reason=on_the_cpu_only),
-    pytest.mark.further_where(reason=of_16_bits),
+    pytest.mark.each_value,
 ]
 
 

@@ -79,6 +79,7 @@ def assert_same_run(one, other):
     assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(*momenta, strict=True))
 
 
+@pytest.mark.slow(reason="three runs of three epochs, one of them a process that imports torch")
 def test_killed_and_resumed_is_uninterrupted(train, tmp_path):
     options = [*SMALL, "--ema", "0.9", "--accumulate", "2", "--channels-last", "--resume"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

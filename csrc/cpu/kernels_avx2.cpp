@@ -14,7 +14,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx2
 #define RESNET_FUSED_REGISTER 32
-#define RESNET_FUSED_WIDEN_HALVES _mm256_cvtph_ps
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

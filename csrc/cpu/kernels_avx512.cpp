@@ -14,8 +14,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #define RESNET_FUSED_KERNELS kernels_avx512
 #define RESNET_FUSED_REGISTER 64
-// Masked by nothing: GCC 12 warns of the vector that the plain one leaves undefined.
-#define RESNET_FUSED_WIDEN_HALVES(halves) _mm512_maskz_cvtph_ps(0xffff, halves)
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {

@@ -8,14 +8,12 @@
 namespace resnet_fused::cpu {
 namespace {
 
-// Bytes of a register: the compiler makes poor code of compared vectors that are wider.
-constexpr int kRegister = RESNET_FUSED_REGISTER;
-
-// Values as forward compares them, in vectors of a register. `Integers` are as wide as the values.
+// Values as forward compares them, in vectors of a register: of wider ones, compared, the compiler makes poor code.
+// `Integers` are as wide as the values.
 struct ComparedFloats {
   using Value = float;
   using Integer = int32_t;
-  static constexpr int kLanes = kRegister / 4;
+  static constexpr int kLanes = kRegisterLanes;
   template <int kLanes>
   struct Vectors {
     using Values [[gnu::vector_size(4 * kLanes)]] = float;
@@ -43,7 +41,7 @@ template <int16_t kInfinity>
 struct ComparedHalves {
   using Value = uint16_t;
   using Integer = int16_t;
-  static constexpr int kLanes = kRegister / 2;
+  static constexpr int kLanes = 2 * kRegisterLanes;
   template <int kLanes>
   struct Vectors {
     using Values [[gnu::vector_size(2 * kLanes)]] = int16_t;
@@ -172,20 +170,6 @@ struct Membership {
   int32_t tap;
 };
 
-// As `load`, with the processor's own conversion of float16 where it has one: ours takes the time of all the rest.
-template <class T, int kLanes>
-RESNET_FUSED_INLINE Float<kLanes> load_gradient(const typename T::Value* p) {
-#ifdef RESNET_FUSED_WIDEN_HALVES
-  if constexpr (sizeof(typename T::Value) == 2 && 4 * kLanes == kRegister) {
-    if constexpr (!T::kIsBFloat16) {
-      using Halves [[gnu::vector_size(2 * kLanes)]] = long long;  // as the intrinsics have it
-      return bit_cast<Float<kLanes>>(RESNET_FUSED_WIDEN_HALVES(load_raw<Halves>(p)));
-    }
-  }
-#endif
-  return load<T, kLanes>(p);
-}
-
 // The sums of kVectors * kLanes channels from `c` on of one pixel.
 template <class T, int kLanes, int kVectors>
 RESNET_FUSED_INLINE void gather(const MaxPoolBackwardParams& p, const Membership* members, int count, int64_t c,
@@ -202,7 +186,7 @@ RESNET_FUSED_INLINE void gather(const MaxPoolBackwardParams& p, const Membership
       const auto taps =
           __builtin_convertvector(__builtin_convertvector(bytes, typename V::Halves), typename V::Integers);
       const auto is_here = taps == members[i].tap;
-      sum[v] = is_here ? sum[v] + load_gradient<T, kLanes>(grad + v * kLanes) : sum[v];
+      sum[v] = is_here ? sum[v] + load<T, kLanes>(grad + v * kLanes) : sum[v];
     }
   }
 #pragma GCC unroll 4
@@ -232,7 +216,7 @@ void max_pool_backward_rows(const MaxPoolBackwardParams& p, int64_t begin, int64
         }
       }
       auto* grad_x = static_cast<typename T::Value*>(p.grad_x) + (row * p.input.width + x) * channels;
-      constexpr int kLanes = kRegister / 4, kVectors = 4;
+      constexpr int kLanes = kRegisterLanes, kVectors = 4;
       int64_t c = 0;
       for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes) {
         gather<T, kLanes, kVectors>(p, members, count, c, grad_x);

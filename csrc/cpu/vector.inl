@@ -19,6 +19,11 @@ template <int kLanes>
 using Float = typename Vectors<kLanes>::Float;
 template <int kLanes>
 using Word = typename Vectors<kLanes>::Word;
+template <int kLanes>
+using Half = typename Vectors<kLanes>::Half;
+
+// Of a register, whose bytes whoever includes this names.
+constexpr int kRegisterLanes = RESNET_FUSED_REGISTER / 4;
 
 #define RESNET_FUSED_INLINE [[gnu::always_inline]] inline
 
@@ -34,13 +39,73 @@ RESNET_FUSED_INLINE void store_raw(Value* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// A register of float16 from and to floats: by an instruction where there is one. Elsewhere by functions of their own,
+// since storage.inl's arithmetic in each place that wants it was most of what there was to compile.
+#if RESNET_FUSED_REGISTER == 64
+// Masked by nothing: GCC 12 warns of the vector that the plain ones leave undefined.
+RESNET_FUSED_INLINE Float<16> widen_register(Half<16> v) { return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(v)); }
+RESNET_FUSED_INLINE Half<16> narrow_register(Float<16> v) {
+  return bit_cast<Half<16>>(_mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif RESNET_FUSED_REGISTER == 32
+RESNET_FUSED_INLINE Float<8> widen_register(Half<8> v) { return _mm256_cvtph_ps(bit_cast<__m128i>(v)); }
+RESNET_FUSED_INLINE Half<8> narrow_register(Float<8> v) {
+  return bit_cast<Half<8>>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+[[gnu::noinline]] Float<4> widen_register(Half<4> v) {
+  return Float16::widen<Word<4>, Float<4>>(__builtin_convertvector(v, Word<4>));
+}
+[[gnu::noinline]] Half<4> narrow_register(Float<4> v) {
+  return __builtin_convertvector(Float16::narrow<Word<4>, Float<4>>(v), Half<4>);
+}
+#endif
+
+template <class Vector>
+struct Halved {
+  Vector low, high;
+};
+
+template <int kLanes>
+RESNET_FUSED_INLINE Float<kLanes> widen_float16(Half<kLanes> v) {
+  if constexpr (kLanes == kRegisterLanes) {
+    return widen_register(v);
+  } else {
+    constexpr int kHalf = kLanes / 2;
+    const auto half = bit_cast<Halved<Half<kHalf>>>(v);
+    return bit_cast<Float<kLanes>>(
+        Halved<Float<kHalf>>{widen_float16<kHalf>(half.low), widen_float16<kHalf>(half.high)});
+  }
+}
+
+template <int kLanes>
+RESNET_FUSED_INLINE Half<kLanes> narrow_float16(Float<kLanes> v) {
+  if constexpr (kLanes == kRegisterLanes) {
+    return narrow_register(v);
+  } else {
+    constexpr int kHalf = kLanes / 2;
+    const auto half = bit_cast<Halved<Float<kHalf>>>(v);
+    return bit_cast<Half<kLanes>>(
+        Halved<Half<kHalf>>{narrow_float16<kHalf>(half.low), narrow_float16<kHalf>(half.high)});
+  }
+}
+
+// Values of a 16-bit type from their bits, in words.
+template <class T, int kLanes>
+RESNET_FUSED_INLINE Float<kLanes> widen(Word<kLanes> bits) {
+  if constexpr (kLanes >= kRegisterLanes && !T::kIsBFloat16) {
+    return widen_float16<kLanes>(__builtin_convertvector(bits, Half<kLanes>));
+  } else {
+    return T::template widen<Word<kLanes>, Float<kLanes>>(bits);
+  }
+}
+
 template <class T, int kLanes>
 RESNET_FUSED_INLINE Float<kLanes> load(const typename T::Value* p) {
   if constexpr (sizeof(typename T::Value) == 4) {
     return load_raw<Float<kLanes>>(p);
   } else {
-    const auto bits = __builtin_convertvector(load_raw<typename Vectors<kLanes>::Half>(p), Word<kLanes>);
-    return T::template widen<Word<kLanes>, Float<kLanes>>(bits);
+    return widen<T, kLanes>(__builtin_convertvector(load_raw<Half<kLanes>>(p), Word<kLanes>));
   }
 }
 
@@ -49,10 +114,14 @@ template <class T, int kLanes>
 RESNET_FUSED_INLINE Word<kLanes> narrow(Float<kLanes> v) {
 #ifdef RESNET_FUSED_AVX512_BF16
   if constexpr (kLanes == 16 && T::kIsBFloat16) {
-    return __builtin_convertvector(bit_cast<typename Vectors<16>::Half>(_mm512_cvtneps_pbh(v)), Word<16>);
+    return __builtin_convertvector(bit_cast<Half<16>>(_mm512_cvtneps_pbh(v)), Word<16>);
   }
 #endif
-  return T::template narrow<Word<kLanes>, Float<kLanes>>(v);
+  if constexpr (kLanes >= kRegisterLanes && !T::kIsBFloat16) {
+    return __builtin_convertvector(narrow_float16<kLanes>(v), Word<kLanes>);
+  } else {
+    return T::template narrow<Word<kLanes>, Float<kLanes>>(v);
+  }
 }
 
 template <class T, int kLanes>
@@ -60,7 +129,7 @@ RESNET_FUSED_INLINE void store(typename T::Value* p, Float<kLanes> v) {
   if constexpr (sizeof(typename T::Value) == 4) {
     store_raw(p, v);
   } else {
-    store_raw(p, __builtin_convertvector(narrow<T, kLanes>(v), typename Vectors<kLanes>::Half));
+    store_raw(p, __builtin_convertvector(narrow<T, kLanes>(v), Half<kLanes>));
   }
 }
 
@@ -70,7 +139,7 @@ RESNET_FUSED_INLINE Float<kLanes> round_to(Float<kLanes> v) {
   if constexpr (sizeof(typename T::Value) == 4) {
     return v;
   } else {
-    return T::template widen<Word<kLanes>, Float<kLanes>>(narrow<T, kLanes>(v));
+    return widen<T, kLanes>(narrow<T, kLanes>(v));
   }
 }
 
@@ -95,40 +164,6 @@ RESNET_FUSED_INLINE void for_lanes(int64_t n, Body body) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) body(Lanes<16>{}, i);
   for (; i < n; ++i) body(Lanes<1>{}, i);
-}
-
-// Transposes 16 vectors: log2(16) rounds, each exchanging halves of ever smaller blocks.
-template <int kStep>
-RESNET_FUSED_INLINE void exchange(Float<16>& a, Float<16>& b) {
-  using Index [[gnu::vector_size(64)]] = int32_t;
-  const Index low = [] {
-    Index index{};
-    for (int i = 0; i < 16; ++i) index[i] = (i & kStep) ? 16 + i - kStep : i;
-    return index;
-  }();
-  const Index high = [] {
-    Index index{};
-    for (int i = 0; i < 16; ++i) index[i] = (i & kStep) ? 16 + i : i + kStep;
-    return index;
-  }();
-  const Float<16> first = __builtin_shuffle(a, b, low);
-  b = __builtin_shuffle(a, b, high);
-  a = first;
-}
-
-template <int kStep>
-RESNET_FUSED_INLINE void exchange_all(Float<16> (&v)[16]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep]);
-  }
-}
-
-RESNET_FUSED_INLINE void transpose(Float<16> (&v)[16]) {
-  exchange_all<8>(v);
-  exchange_all<4>(v);
-  exchange_all<2>(v);
-  exchange_all<1>(v);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from resnet_fused.surgery.context import is_ordinary, is_tensor
+from resnet_fused.surgery.context import assume_constant_result, is_ordinary, is_tensor
 from resnet_fused.surgery.layout import in_channels_last
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.recording import TENSOR, Left
@@ -84,7 +84,7 @@ class FusedForward:
                     return program(module, tensors)
         return type(module).forward(module, *args, **kwargs)
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _is_ready_for_compiler(self, training: bool, count: int, keywords: tuple[str, ...]) -> bool:
         """Finds the program at the time of compilation; torch.compile need not look into how."""
         program = None

@@ -8,6 +8,46 @@
 namespace resnet_fused::cpu {
 namespace {
 
+// Transposes 16 vectors: log2(16) rounds, each exchanging halves of ever smaller blocks.
+template <int kStep>
+RESNET_FUSED_INLINE void exchange(Float<16>& a, Float<16>& b) {
+  using Index [[gnu::vector_size(64)]] = int32_t;
+  const Index low = [] {
+    Index index{};
+    for (int i = 0; i < 16; ++i) index[i] = (i & kStep) ? 16 + i - kStep : i;
+    return index;
+  }();
+  const Index high = [] {
+    Index index{};
+    for (int i = 0; i < 16; ++i) index[i] = (i & kStep) ? 16 + i : i + kStep;
+    return index;
+  }();
+  const Float<16> first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = first;
+}
+
+template <int kStep>
+RESNET_FUSED_INLINE void exchange_all(Float<16> (&v)[16]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep]);
+  }
+}
+
+// Where the vectors don't fit the registers anyway, one function: inlined it was much of what there was to compile.
+#if RESNET_FUSED_REGISTER == 64
+RESNET_FUSED_INLINE
+#else
+[[gnu::noinline]]
+#endif
+void transpose(Float<16> (&v)[16]) {
+  exchange_all<8>(v);
+  exchange_all<4>(v);
+  exchange_all<2>(v);
+  exchange_all<1>(v);
+}
+
 template <class Call>
 RESNET_FUSED_INLINE void dispatch_conv_dtype(DType dtype, Call call) {
   switch (dtype) {

@@ -5,4 +5,5 @@
 #include "kernels.h"
 
 #define RESNET_FUSED_CONV_KERNELS conv_kernels_baseline
+#define RESNET_FUSED_REGISTER 16
 #include "kernels.inl"

@@ -6,7 +6,7 @@
 // results in cache, makes memory and arithmetic wait for each other. Included by kernels.inl; for AVX-512, whose 32
 // registers hold a tile.
 
-#ifdef RESNET_FUSED_AVX512
+#if RESNET_FUSED_REGISTER == 64
 
 // Up to 7 rows of 4 vectors: 28 registers of sums; 7 divides the rows of 56, 28, 14 and 7 pixels.
 constexpr int kTileRows = 7;
