@@ -21,6 +21,7 @@ SIM_TESTS ?= cuda
 SIM_PTX_ONLY ?=
 # One case of each kind; tests/conftest.py says what the others are.
 QUICK := not slow and not further
+FURTHER := slow or further
 export GPUSIM_CHECK ?= all
 export GPUSIM_DEVICES ?= 2
 export RESNET_FUSED_WERROR ?= 1
@@ -60,7 +61,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 TORCH_FILES := $(wildcard $(ENV)/lib/python3*/site-packages/torch/version.py)
 
 # The installation keeps one core busy; another can compile what the simulator needs no torch for, where it will run.
-test test-all test-cuda: MEANWHILE = \
+test test-further test-cuda: MEANWHILE = \
   ! command -v nvcc >/dev/null || [ -e /dev/nvidia0 ] || GPUSIM_JOBS=1 tests/gpusim/bin/gpusim-run --interpreter-only &
 
 # Most of what is installed is never imported, and what is compiles itself. (PIP_NO_COMPILE=1 would turn it on.)
@@ -74,14 +75,14 @@ RUN_TESTS := OMP_WAIT_POLICY=PASSIVE $(ALONE) $(PY) -m pytest tests $(IN_PROCESS
 NONE_IS_FINE = $(if $(strip $(TEST_ARGS)),|| { [ $$? = 5 ] && echo 'TEST_ARGS left none of them.'; })
 
 .DEFAULT_GOAL := help
-.PHONY: help bench gpu gpu-simulated bench-peers test test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
+.PHONY: help bench gpu gpu-simulated bench-peers test test-further test-all test-cuda test-gpusim kernel-report counted-cost simulate where build dist lint clean preflight
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 	@echo
 	@echo 'PYTHON=python3.12      the interpreter to use'
 	@echo 'VENV=                  use the environment of PYTHON, keep its torch; otherwise $(VENV) is made'
-	@echo 'TEST_JOBS=4            the processes that test and test-all run in: $(TEST_JOBS)'
+	@echo 'TEST_JOBS=4            the processes that tests run in: $(TEST_JOBS)'
 	@echo 'BENCH_ARGS, GPU_ARGS, TEST_ARGS  handed on; RESNET_FUSED_WERROR=0 lets warnings pass'
 	@echo 'REPORT_ARGS=--write    make the table of main loops anew that kernel-report holds them to'
 	@echo 'SIM_DEVICES=h100       the GPUs that test-cuda simulates where there is none: $(SIM_DEVICES)'
@@ -110,13 +111,19 @@ test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those o
 	  *) echo "The CUDA kernels were not tested: $$where." ;; \
 	esac
 
-test-all: $(BUILT)  ## run all tests, those of the CUDA kernels on the GPU or on simulated ones
-	$(RUN_TESTS) $(TEST_ARGS) $(NONE_IS_FINE)
+# What runs on the other simulated GPUs differs in the kernels' tiles and instructions, which each kind of test meets.
+test-further: $(BUILT)  ## run the tests that `make test` leaves; simulated are an A100, and a case of each kind on others
+	$(RUN_TESTS) -m '$(FURTHER)' $(TEST_ARGS) $(NONE_IS_FINE)
 	@where=$$($(WHERE)) && case $$where in \
 	  gpu) ;; \
-	  simulator) $(MAKE) --no-print-directory simulate ;; \
+	  simulator) $(MAKE) --no-print-directory simulate SIM_DEVICES=a100 SIM_TESTS='cuda and ($(FURTHER))' && \
+	    $(MAKE) --no-print-directory simulate SIM_DEVICES='t4 h100' SIM_TESTS='cuda and $(QUICK)' ;; \
 	  *) echo "The CUDA kernels were not tested: $$where." ;; \
 	esac
+
+test-all:  ## run both
+	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-further
 
 test-cuda: $(BUILT)  ## run all tests of the CUDA kernels on the GPU, or on simulated ones
 	@where=$$($(WHERE)) && case $$where in \

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from simulator import simulated
-from thinning import covering, reason_by
+from thinning import covering, skip_reason
 
 import resnet_fused
 from resnet_fused.planner import decide
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 def skip_impossible(items):
     """Skips the cases that can't run here, before others are chosen to cover the values of parameters."""
     for item in items:
-        reason = reason_by("skip_where", item)
+        reason = skip_reason(item)
         if reason is None and "sim_counters" in item.fixturenames and not simulated():
             reason = "counts on the simulator only: make test-cuda"
         if reason is not None:
@@ -53,15 +53,12 @@ def mark_further(items):
         slow = item.get_closest_marker("slow")
         if slow and not slow.kwargs.get("reason"):
             raise pytest.UsageError(f"{item.nodeid}: slow without a reason")
-        if reason_by("further_where", item):
-            item.add_marker("further")
-        elif not slow and hasattr(item, "callspec"):
+        if not slow and hasattr(item, "callspec"):
             tests[item.nodeid.split("[")[0], item.get_closest_marker("cuda") is not None].append(item)
     for cases in tests.values():
         possible = [case for case in cases if not case.get_closest_marker("skip")] or cases
         values = [{name: repr(value) for name, value in case.callspec.params.items()} for case in possible]
-        chosen = covering(values, together=1 if cases[0].get_closest_marker("each_value") else 2)
-        kept = {possible[i] for i in chosen}
+        kept = {possible[i] for i in covering(values)}
         for case in cases:
             if case not in kept:
                 case.add_marker("further")

@@ -77,7 +77,6 @@ def is_fused(z):
     return type(z.grad_fn).__name__ == "_BlockBackward"
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("memory", ["default", "minimal"])
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("name", BLOCKS)

@@ -131,7 +131,6 @@ COMPOSED = [("frozen", mode) for mode in MODES if "autocast" in mode]
     ("name", "mode"),
     [(n, m) for n in KINDS for m in MODES if (n, m) not in COMPOSED] + [("shared", "train_without_gradients")],
 )
-@pytest.mark.each_value
 def test_one_compilation_for_all_batches(name, mode):
     check(name, "aot_eager", **MODES[mode])
 

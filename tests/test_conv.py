@@ -76,7 +76,6 @@ GEOMETRIES = {
     "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
 }
 
-LARGE = [name for name in GEOMETRIES if name.startswith(("tile_", "halo_128")) or name == "many_splits"]
 
 # Any channels and strides; in float32 also what Winograd's algorithm takes: planes of even and odd sizes, paddings.
 CPU_GEOMETRIES = {
@@ -186,7 +185,6 @@ def on_the_cpu_only(device=None, geometry=None):
 pytestmark = [
     needs_native,
     pytest.mark.skip_where(reason=on_the_cpu_only),
-    pytest.mark.each_value,
 ]
 
 

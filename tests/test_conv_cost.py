@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.cuda, needs_tensor_cores]
 NARROW = (Shape(64, 28, 256, 1, 1), Shape(256, 28, 64, 1, 1), Shape(64, 29, 64, 1, 1))
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_one_pass(sim_counters, name, which):

@@ -28,7 +28,6 @@ def the_launch(counters):
     return launch
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("name", ONE_PASS_KERNELS)
 @pytest.mark.parametrize(("shape", "dtype"), ONE_PASS_CASES)
 def test_bytes_and_sectors(sim_counters, shape, dtype, name):

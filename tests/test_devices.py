@@ -123,7 +123,6 @@ def test_saved_on_one_device_and_loaded_on_another(source, target, tmp_path):
     assert_right_in_inference(loaded, other, inputs("lecture", target))
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize(
     ("memory", "layout"),
     [

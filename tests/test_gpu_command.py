@@ -28,9 +28,10 @@ def card(monkeypatch):
 def test_outcomes(card, monkeypatch, tmp_path):
     """Of steps that pass, fail, take too long with a child of their own, and come after that."""
     waits = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    listed = [python("good", "print('so it is')"), python("bad", "raise SystemExit(3)"), python("long", waits, 4.0)]
+    listed = [python("good", "print('so it is')"), python("bad", "raise SystemExit(3)"), python("long", waits, 1.5)]
     record = {"subject": "resnet50", "batch": 64, "eager_seconds": {"median": 0.5}, "fused_seconds": {"median": 0.25}}
     listed.append(Step("nowhere", [], 30.0))
+    monkeypatch.setattr(gpu, "SHORTEST", 1.0)
     monkeypatch.setattr(gpu, "steps", lambda folder, **_: [*listed, python("last", "")])
     with_compiled = record | {"eager_seconds": {"median": 0.6}, "compiled_seconds": {"median": 1.0}}
     found = {"training": [record | {"subject": "resnet18"}, record], "compiled-training": [with_compiled]}

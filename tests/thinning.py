@@ -14,22 +14,22 @@ from importlib.util import find_spec
 import pytest
 
 
-def covering(cases: Sequence[dict[str, str]], together: int = 2) -> set[int]:
-    """The indices of a few of ``cases`` in which each combination of values that ``together`` parameters have occurs.
+def covering(cases: Sequence[dict[str, str]]) -> set[int]:
+    """The indices of a few of ``cases`` in which each value that a parameter takes occurs.
 
-    A case maps each parameter to its value. Greedily: of those that bring the most, one whose pairs of values were
-    chosen the fewest times, so that a pair isn't met by one and the same third value all over; of those the first, so
-    that the same cases are chosen each time.
+    A case maps each parameter to its value. Greedily: of those that bring the most values, one whose pairs of values
+    were chosen the fewest times, so that a value doesn't meet one and the same other value all over; of those the first,
+    so that the same cases are chosen each time.
     """
-    brings = [set(itertools.combinations(sorted(case.items()), min(together, len(case)))) for case in cases]
+    values = [set(case.items()) for case in cases]
     pairs = [list(itertools.combinations(sorted(case.items()), 2)) for case in cases]
     times = Counter()
-    missing = set().union(*brings)
+    missing = set().union(*values)
     chosen = set()
     while missing:
-        best = max(range(len(cases)), key=lambda i: (len(brings[i] & missing), -sum(times[p] for p in pairs[i])))
+        best = max(range(len(cases)), key=lambda i: (len(values[i] & missing), -sum(times[p] for p in pairs[i])))
         chosen.add(best)
-        missing -= brings[best]
+        missing -= values[best]
         times.update(pairs[best])
     return chosen
 
@@ -39,14 +39,14 @@ def slow_but(quick: Sequence[str], names: Iterable[str], reason: str) -> list:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow(reason=reason)) for name in names]
 
 
-def reason_by(mark_name: str, item: pytest.Item) -> str | None:
-    """Why a case is skipped (``skip_where``) or left to `make test-all` (``further_where``); None if it isn't.
+def skip_reason(item: pytest.Item) -> str | None:
+    """Why a case is skipped (``skip_where``); None if it isn't.
 
     A mark's function, its ``reason``, is called with those of the case's parameters that it takes, and returns a reason
     or None.
     """
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    for mark in item.iter_markers(mark_name):
+    for mark in item.iter_markers("skip_where"):
         function = mark.kwargs["reason"]
         taken = inspect.signature(function).parameters
         if reason := function(**{name: value for name, value in given.items() if name in taken}):
