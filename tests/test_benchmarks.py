@@ -435,6 +435,7 @@ def test_a_network_on_the_gpu(tmp_path):
 
 
 @pytest.mark.cuda
+@pytest.mark.slow(reason="tensors of 0.03 GB, kernel by kernel where the device is simulated")
 def test_bandwidth_on_the_gpu(tmp_path, capsys):
     choice = ["--bandwidth", "0.03", "--device", "cuda"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0

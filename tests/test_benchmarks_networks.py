@@ -28,6 +28,7 @@ from benchmarks.photographs import photographs
 from benchmarks.timing import Spread
 
 
+@pytest.mark.slow(reason="six processes, each of which imports torch")
 def test_networks_race_in_processes_of_their_own(tmp_path, capsys):
     choice = ["--networks", "resnet18", "--dtype", "float32", "--repeats", "1"]
     assert main(["--quick", *choice, "--output", str(tmp_path)]) == 0

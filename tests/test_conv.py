@@ -76,7 +76,6 @@ GEOMETRIES = {
     "many_splits": (4, 72, 40, 40, 72, 1, 1, 0, 1),
 }
 
-
 # Any channels and strides; in float32 also what Winograd's algorithm takes: planes of even and odd sizes, paddings.
 CPU_GEOMETRIES = {
     "odd_channels": (2, 3, 9, 9, 5, 3, 1, 1, 1),

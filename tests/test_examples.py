@@ -31,6 +31,7 @@ def digits():
     return load(DIGITS)
 
 
+@pytest.mark.slow(reason="five epochs of two networks")
 def test_digits_trains_eager_and_fused_alike(tmp_path):
     plot = tmp_path / "curves.png"
     result = run_digits("--epochs", "5", "--output", plot)

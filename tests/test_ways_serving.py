@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from scripts import environment
+from thinning import slow_but
 from torch import nn
 from user_models import classifier, fused_copy, nontrivial
 
@@ -65,7 +66,7 @@ def test_engines_are_a_threads_own():
         assert held.result() != "_BlockBackward" == here
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", slow_but(["fork"], ["fork", "spawn"], "the child imports torch, as its parent does"))
 def test_child_processes(method, tmp_path):
     """A model that the parent ran is run by a DataLoader's worker, which sets its threads to one: it doesn't hang."""
     script = tmp_path / "script.py"

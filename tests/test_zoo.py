@@ -231,6 +231,7 @@ def test_batch_norms_are_settled():
     torch.testing.assert_close(model.train()(image()).mean((0, 2, 3)), model[4].bias)
 
 
+@pytest.mark.slow(reason="three models, each eager, fused and folded")
 def test_models_of_the_zoo_from_the_command_line_to_the_file(tmp_path, capsys):
     chosen = "torchvision:s*"
     assert main(["--zoo", chosen, "--output", str(tmp_path)]) == 0

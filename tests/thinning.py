@@ -18,8 +18,8 @@ def covering(cases: Sequence[dict[str, str]]) -> set[int]:
     """The indices of a few of ``cases`` in which each value that a parameter takes occurs.
 
     A case maps each parameter to its value. Greedily: of those that bring the most values, one whose pairs of values
-    were chosen the fewest times, so that a value doesn't meet one and the same other value all over; of those the first,
-    so that the same cases are chosen each time.
+    were chosen the fewest times, so that a value doesn't meet one and the same other all over; of those the first, so
+    that the same cases are chosen each time.
     """
     values = [set(case.items()) for case in cases]
     pairs = [list(itertools.combinations(sorted(case.items()), 2)) for case in cases]

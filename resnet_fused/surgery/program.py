@@ -162,9 +162,10 @@ class Program:
             if around is None:
                 return None
             found.append(around)
-        for layer in self._layers:
-            found.append(layer.training)
-            found += [p is not None and p.requires_grad for p in layer._parameters.values()]
+        found += [layer.training for layer in self._layers]
+        if torch.is_grad_enabled():
+            for layer in self._layers:
+                found += [p is not None and p.requires_grad for p in layer._parameters.values()]
         return tuple(found)
 
     def _run_by_run(self, module: nn.Module, *tensors: Tensor) -> Any:
