@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -116,25 +117,24 @@ def test_a_folder_of_images(train, tmp_path):
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow(reason="nine runs of four epochs, so that chance shows")
+@pytest.mark.slow(reason="nine runs of three epochs, so that chance shows")
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 def test_eager_and_fused_learn_alike(train, tmp_path, amp):
-    """As far from eager as eager in another layout, whose sums are rounded in another order."""
-    apart = {"channels_last": [], "fused": []}
+    """As far from eager as eager is from itself: in another layout, whose sums round otherwise, or by its seed."""
+    curves = defaultdict(list)
     for seed in range(3):
-        curves = {}
         for name, how in (("eager", ["--eager"]), ("channels_last", ["--eager", "--channels-last"]), ("fused", [])):
             folder = tmp_path / f"{name}-{seed}"
-            # Of 8x8 the last planes have one pixel, and PyTorch's bfloat16 wgrad of those is NaN in one step of 60.
-            options = ["--size", "16", "--rate", "0.02", "--epochs", "4", "--amp", amp, "--seed", str(seed)]
+            # Of 16x16 the last stage's input has one pixel, and PyTorch's bfloat16 wgrad of 3x3 with stride 2 on AMX
+            # reads memory there that nobody wrote (torch 2.14.1, seen with MALLOC_PERTURB_=1): now and then NaN.
+            options = ["--size", "18", "--rate", "0.02", "--epochs", "3", "--amp", amp, "--seed", str(seed)]
             train.main([*how, *options, "--output", str(folder)])
             history = json.loads((folder / "history.json").read_text())["history"]
-            curves[name] = torch.tensor([epoch["loss"] for epoch in history])
-        assert curves["fused"][-1] < curves["fused"][0] / 2
-        for name, differences in apart.items():
-            differences.append((curves[name] - curves["eager"]).abs())
-    mean = {name: torch.stack(differences).mean().item() for name, differences in apart.items()}
-    assert 0 < mean["fused"] <= 2 * mean["channels_last"], mean
+            curves[name].append(torch.tensor([epoch["loss"] for epoch in history]))
+    eager, relaid, fused = (torch.stack(curves[name]) for name in ("eager", "channels_last", "fused"))
+    assert (fused[:, -1] < fused[:, 0] / 2).all(), fused
+    apart = max((relaid - eager).abs().mean(), (eager - eager.roll(1, 0)).abs().mean())
+    assert 0 < (fused - eager).abs().mean() <= apart, curves
 
 
 def test_other_settings_are_refused(train, tmp_path):
