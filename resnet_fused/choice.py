@@ -29,6 +29,10 @@ both, small image                                         0.3 to 1.7   0.4 to 2.
 One small image is one of 64x64, measured later than the rest; in float32 26 of 39 cases lie below 0.75 there, see
 :func:`library_spares_packing`. With 4 images of 64x64 native blocks were 0.9 to 1.5 times as fast as the others.
 
+Contiguous float32 has the library's convolutions, and in inference on few pixels there is less to win around them than
+fusing costs, see ``FEW_CONTIGUOUS``. ResNet-50 against eager, without that rule and with it: one image of 224x224 0.90
+and 0.98, two 1.05 and 1.14, one of 320x320 1.08 and 1.12, 4 of 64x64 0.88 and 0.95, 16 of them 0.98 and 1.02.
+
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
 1.5 times as fast as oneDNN's convolution alone; ResNet-50 from ``fold`` 19.8 ms an image with 1x1 native and 20.8
@@ -63,6 +67,8 @@ FEWEST_PIXELS = 64  # weights that are read as they lie, see csrc/cpu/conv/trans
 # Of one image in training, in float32, up to which the library was the faster one: of 1x1 filters, and of larger ones.
 FEWEST_TRAINED = 16
 FEWEST_TRAINED_BY_TAPS = 64
+# Elements of the largest result of a block's units up to which contiguous float32 inference is eager's.
+FEW_CONTIGUOUS = 409_600
 # Of PyTorch's own, ConvParams::use_mkldnn in ATen/native/Convolution.cpp: elements of an input of one image, and
 # filters' height and width.
 MOST_PLAIN = 20480
@@ -78,7 +84,7 @@ def library_spares_packing(dtype: torch.dtype, x_shape: Sequence[int], weight_sh
     return dtype == torch.float32 and single and max(weight_shape[2:]) <= MOST_PLAIN_TAPS
 
 
-def eager_is_faster(plain: Sequence[bool]) -> bool:
+def eager_trains_faster(plain: Sequence[bool]) -> bool:
     """Whether a block is left to eager in training, by :func:`library_spares_packing` of its convolutions.
 
     ResNet-50 on one image of 64x64: eager was the fastest in 11 of the 14 blocks with more than half of them, and 0.93
@@ -86,6 +92,14 @@ def eager_is_faster(plain: Sequence[bool]) -> bool:
     times as fast as eager.
     """
     return 2 * sum(plain) > len(plain)
+
+
+def eager_infers_faster(dtype: torch.dtype, channels_last: bool, packed: bool, most: int) -> bool:
+    """Whether a block is left to eager in inference, its units' largest result having ``most`` elements.
+
+    ``packed``: whether it has weights of :func:`resnet_fused.fold`.
+    """
+    return dtype == torch.float32 and not channels_last and not packed and most <= FEW_CONTIGUOUS
 
 
 @functools.lru_cache(maxsize=4096)  # it is asked for every unit in every call

@@ -26,9 +26,9 @@ def engine(name: str) -> Iterator[None]:
             ``"reference"``: plain PyTorch, :mod:`resnet_fused.reference`; ``"auto"``: what was measured to be the
             faster of native and library: by a plan (:data:`resnet_fused.plan`) if there is one, else on the CPU by
             pass and shape (:mod:`resnet_fused.choice`), elsewhere ``"library"``. Blocks of one small image in
-            training, and those that a plan says so of, are eager PyTorch's. On the CPU native 3x3 convolutions of
-            stride 1 are Winograd's in float32, and in bfloat16 on processors that have no tiles for it: whoever wants
-            direct sums says ``"library"``.
+            training, of few pixels in contiguous float32 inference, and those that a plan says so of, are eager
+            PyTorch's. On the CPU native 3x3 convolutions of stride 1 are Winograd's in float32, and in bfloat16 on
+            processors that have no tiles for it: whoever wants direct sums says ``"library"``.
 
     Raises:
         ValueError: if ``name`` is none of these.

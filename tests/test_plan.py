@@ -2,6 +2,7 @@
 # Copyright (c) the resnet_fused authors
 """Plans: what is chosen and when, that it is proven first, and what is remembered. An injected clock tells the time."""
 
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
-from resnet_fused import block, ops
+from resnet_fused import block, inference, ops
 from resnet_fused.planner import decide, keys, modules, search, store
 from resnet_fused.planner.entry import EAGER, Entry, all_library, name_of
 from resnet_fused.planner.recording import recording
@@ -235,6 +236,7 @@ def test_a_block_left_to_eager_asks_again_when_something_changed(training, monke
     assert asks(images(3)) and asks(x.contiguous())
     with rf.engine("library"):
         assert asks()
+    asks()
     assert not asks()
     with torch.no_grad():
         assert asks()
@@ -741,3 +743,40 @@ def test_explain_says_that_the_table_leaves_a_block_to_eager():
     found = rf.explain(torch.nn.Sequential(two_runs()), images(1), training=True, rounds=1)
     engines = {engine for b in found.blocks for c in b.convolutions for engine in c.passes.values()}
     assert {e.name for e in engines} == {"eager"} and all("choice.py" in e.why for e in engines)
+
+
+@pytest.mark.parametrize("change", ["layout", "pixels", "engine", "gradients", "plan", "forward"])
+def test_few_contiguous_pixels_are_eagers_in_inference(change, ran, monkeypatch):
+    """Until something else is asked for; what the module itself does is followed at once."""
+    run_units = inference.run_units
+    monkeypatch.setattr(inference, "run_units", lambda *a, **k: ran.append(a[4]) or run_units(*a, **k))
+    model, x = torch.nn.Sequential(rf.BasicBlock(CHANNELS, CHANNELS)).eval(), images().contiguous()
+    rf.fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert choices_of(model, x) == [EAGER] and choices_of(model, images()) != [EAGER]
+        for _ in range(2):
+            del ran[:]
+            assert torch.equal(model(x), expected) and ran == []
+    grad, context = False, contextlib.nullcontext()
+    if change == "layout":
+        x = x.to(memory_format=torch.channels_last)
+    elif change == "pixels":
+        monkeypatch.setattr("resnet_fused.choice.FEW_CONTIGUOUS", 100)
+        decide.forget(plans=False)
+    elif change == "engine":
+        context = rf.engine("library")
+    elif change == "gradients":
+        grad = True
+    elif change == "plan":
+        with torch.no_grad():
+            key = call_of(model, x).key
+        decide.decide(key, entry(all_library(key.units)))
+    else:
+        model[0].bn1.register_forward_hook(lambda module, args, output: output + 1)
+    with context, torch.set_grad_enabled(grad):
+        found = model(x)
+        assert (ran == []) == (change == "forward")
+        reference = without_fusion(model)(x)
+        torch.testing.assert_close(found, reference)
+        assert torch.allclose(reference, expected) == (change != "forward")

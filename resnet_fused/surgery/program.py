@@ -131,13 +131,17 @@ class Program:
         self._steps: Callable | None = None
         # The circumstances in which plans left all runs to eager, last.
         self._composed: tuple | None = None
+        # The situation of the last call if it was one of them, for whoever calls the module's own forward then.
+        self.eager_in: tuple | None = None
 
     def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
         if torch.compiler.is_compiling():
             results = self._function(module, module, *tensors)
         elif self._composed is not None and self._composed == self._circumstances(tensors):
             results = self._step_by_step(module, *tensors)
+            self.eager_in = decide.situation(tensors[0]) if len(tensors) == 1 else None
         else:
+            self.eager_in = None
             noted = recorded()
             with (
                 contextlib.nullcontext()
@@ -189,7 +193,7 @@ class Program:
 
     def watch(self, wrap: Callable[[RunCall], Callable]) -> None:
         """Until :meth:`unwatch`, what ``wrap`` makes of a run's call is called in its place."""
-        self._composed = None
+        self._composed = self.eager_in = None
         self._put({call: wrap(call) for call in self.calls})
 
     def unwatch(self) -> None:
