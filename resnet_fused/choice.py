@@ -31,7 +31,8 @@ One small image is one of 64x64, measured later than the rest; in float32 26 of 
 
 Contiguous float32 has the library's convolutions, and in inference on few pixels there is less to win around them than
 fusing costs, see ``FEW_CONTIGUOUS``. ResNet-50 against eager, without that rule and with it: one image of 224x224 0.90
-and 0.98, two 1.05 and 1.14, one of 320x320 1.08 and 1.12, 4 of 64x64 0.88 and 0.95, 16 of them 0.98 and 1.02.
+and 0.94 to 0.98, two 1.05 and 1.09 to 1.14, one of 320x320 1.08 and 1.12, 4 of 64x64 0.88 and 0.95 to 1.01, 16 of them
+0.98 and 1.02.
 
 Where vectors multiply bfloat16 and no tiles do (AVX-512 BF16 without AMX), Winograd's convolutions in float32 and 1x1
 convolutions whose products stay in registers were faster (Zen 4, 16 images): ``INFERENCE`` 3x3 of 64 and 128 channels
