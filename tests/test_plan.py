@@ -780,3 +780,21 @@ def test_few_contiguous_pixels_are_eagers_in_inference(change, ran, monkeypatch)
         reference = without_fusion(model)(x)
         torch.testing.assert_close(found, reference)
         assert torch.allclose(reference, expected) == (change != "forward")
+
+
+def test_what_is_left_as_a_whole_is_left_inside_as_well(measured, whole, ran, monkeypatch):
+    """Though its own forward calls children that are fused themselves."""
+    run_units = inference.run_units
+    monkeypatch.setattr(inference, "run_units", lambda *a, **k: ran.append(a[4]) or run_units(*a, **k))
+    unit = [torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS), torch.nn.ReLU6()]
+    model = torch.nn.Sequential(torch.nn.Sequential(*unit), *copy.deepcopy(unit)).to(memory_format=torch.channels_last)
+    rf.fuse(model.eval())
+    whole(1.0, 0.5)
+    x = images()
+    rf.plan(model, x, training=False)
+    with torch.no_grad():
+        model(x)
+        del ran[:]
+        for _ in range(4):
+            model(x)
+        assert ran == []
