@@ -111,7 +111,7 @@ test: $(BUILT)  ## build, then run one test of each kind; without a GPU, those o
 	  *) echo "The CUDA kernels were not tested: $$where." ;; \
 	esac
 
-# What runs on the other simulated GPUs differs in the kernels' tiles and instructions, which each kind of test meets.
+# Other simulated GPUs have other tiles and instructions, not other logic: a case of each kind meets them.
 test-further: $(BUILT)  ## run the tests that `make test` leaves; simulated are an A100, and a case of each kind on others
 	$(RUN_TESTS) -m '$(FURTHER)' $(TEST_ARGS) $(NONE_IS_FINE)
 	@where=$$($(WHERE)) && case $$where in \

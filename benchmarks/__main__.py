@@ -198,9 +198,9 @@ def run_profile(settings: Settings, part: str, folder: Path) -> None:
 def run_zoo(pattern: str, settings: Settings, folder: Path) -> list[zoo.Outcome]:
     chosen, missing = zoo.select(pattern), zoo.missing_libraries()
     for library, reason in missing.items():
-        left = sum(model.library == library for model in chosen)
+        left = sum(model.package == library for model in chosen)
         print(f"{library} cannot be imported, {left} models are left out: {reason}")
-    chosen = [model for model in chosen if model.library not in missing]
+    chosen = [model for model in chosen if model.package not in missing]
     if not chosen:
         raise SystemExit("no model of the zoo that can be imported has such a name")
     found = execute(map(zoo.Job, chosen), len(chosen), zoo.progress)

@@ -490,11 +490,12 @@ def first_violations(kernels: Iterable[Kernel]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report on the library that the command line names; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--library", type=Path, metavar="PATH", help="default: the extension that is imported")
+    library_help = "default: the extension that is imported"
+    parser.add_argument("--library", dest="extension", type=Path, metavar="PATH", help=library_help)
     parser.add_argument("--arch", metavar="NAME", help="only this architecture, such as sm_80")
     parser.add_argument("--write", action="store_true", help=f"make {COUNTS.name} anew, then hold the kernels to it")
     options = parser.parse_args(arguments)
-    library = options.library
+    library = options.extension
     if library is None:
         from resnet_fused import _C
 

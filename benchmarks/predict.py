@@ -71,7 +71,7 @@ class Card:
     dram: float  # bytes/s
     l2: float  # bytes/s
     # Share of the peak that cuDNN's convolutions reach: of 128 and more columns, of 64.
-    library: dict[str, tuple[float, float]] = field(hash=False)
+    cudnn_shares: dict[str, tuple[float, float]] = field(hash=False)
 
     @property
     def peak(self) -> float:
@@ -390,7 +390,7 @@ def _quantised(blocks: int, resident: int) -> float:
 
 def library_seconds(card: Card, c: Convolution, which: str) -> float:
     columns = {"fprop": c.filters, "dgrad": c.channels, "wgrad": min(c.channels, c.filters)}[which]
-    share = card.library[which][columns < 128]
+    share = card.cudnn_shares[which][columns < 128]
     share *= CUDNN_STRIDED_DGRAD if which == "dgrad" and c.stride == 2 else 1
     share *= CUDNN_1X1 if c.taps == 1 else 1
     work = norm((c.x + c.y + c.weight) / (card.dram * CUDNN_DRAM_SHARE), 2 * c.multiply_adds / (card.peak * share))
@@ -502,7 +502,7 @@ def constants() -> str:
     """What the model assumes, by name."""
     rows = []
     for card in CARDS:
-        library = (f"{a:.2f}, {b:.2f}" for a, b in card.library.values())
+        library = (f"{a:.2f}, {b:.2f}" for a, b in card.cudnn_shares.values())
         mma, wgmma = pipes.RATES[card.arch.rstrip("af")]
         rates = (f"{card.peak / 1e12:.0f}", f"{mma / wgmma:.0%}", f"{card.dram / 1e12:.2f}", f"{card.l2 / 1e12:.1f}")
         rows.append((card.name, str(card.multiprocessors), f"{card.ghz}", *rates, *library, instances(card.arch)[0]))

@@ -41,17 +41,17 @@ class Model:
     ``part``: the child that is looked at, instead of the whole; large linear layers take time and say nothing here.
     """
 
-    library: str
+    package: str
     name: str
     arguments: dict[str, object] = field(default_factory=dict)
     part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.library}:{self.name}"
+        return f"{self.package}:{self.name}"
 
     def build(self) -> nn.Module:
-        library = importlib.import_module(self.library)
-        if self.library == "timm":
+        library = importlib.import_module(self.package)
+        if self.package == "timm":
             network = library.create_model(self.name, **self.arguments)
         elif "." in self.name:
             network = operator.attrgetter(self.name)(library.models)(**self.arguments)
@@ -114,7 +114,7 @@ MODELS = [*TORCHVISION, *TIMM]
 def missing_libraries() -> dict[str, str]:
     """The libraries that cannot be imported, each with the reason."""
     found = {}
-    for library in dict.fromkeys(model.library for model in MODELS):
+    for library in dict.fromkeys(model.package for model in MODELS):
         try:
             importlib.import_module(library)
         except ImportError as error:
@@ -311,7 +311,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     groups = {
         "all models": list(outcomes),
         **{
-            f"ResNets of {library}": [o for o in outcomes if o.resnet and o.case.library == library]
+            f"ResNets of {library}": [o for o in outcomes if o.resnet and o.case.package == library]
             for library in ("torchvision", "timm")
         },
     }
@@ -331,12 +331,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 def records(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
     """The outcomes as JSON; severity: the worst error over what the policy allows."""
-    versions = {library: metadata.version(library) for library in {o.case.library for o in outcomes}}
+    versions = {library: metadata.version(library) for library in {o.case.package for o in outcomes}}
     found = []
     for o in outcomes:
         record: dict[str, Any] = {
             "subject": str(o.case),
-            "version": versions[o.case.library],
+            "version": versions[o.case.package],
             "arguments": o.case.arguments,
             "batch": BATCH,
             "pixels": SIZE,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ _SIZES_PER_UNIT = 11
 _NUMBERS_PER_UNIT = 2
 
 _in_operator: ContextVar[bool] = ContextVar("resnet_fused_in_operator", default=False)
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def assume_constant_result(function: _Function) -> _Function:
+    """``torch.compiler.assume_constant_result``, which imports torch.compile: 1.1 s of the 2.7 s of importing this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def in_operator() -> bool:

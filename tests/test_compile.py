@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import resnet_fused as rf
 from resnet_fused import block, compiled, inference, opaque, ops
 from resnet_fused.functional import Conv, Norm, Unit
-from resnet_fused.surgery.context import assume_constant_result
+from resnet_fused.opaque import assume_constant_result
 from resnet_fused.units import Join
 
 PLANE = (14, 12)

@@ -124,6 +124,14 @@ def ran(monkeypatch):
     return found
 
 
+@pytest.fixture
+def ran_in_inference(ran, monkeypatch):
+    """As ``ran``, with those that nothing differentiates."""
+    run_units = inference.run_units
+    monkeypatch.setattr(inference, "run_units", lambda *a, **k: ran.append(a[4]) or run_units(*a, **k))
+    return ran
+
+
 @pytest.fixture(autouse=True)
 def whole(monkeypatch):
     """Makes fused and eager calls of a module take so long; otherwise fused ones are the faster ones."""
@@ -746,18 +754,16 @@ def test_explain_says_that_the_table_leaves_a_block_to_eager():
 
 
 @pytest.mark.parametrize("change", ["layout", "pixels", "engine", "gradients", "plan", "forward"])
-def test_few_contiguous_pixels_are_eagers_in_inference(change, ran, monkeypatch):
+def test_few_contiguous_pixels_are_eagers_in_inference(change, ran_in_inference, monkeypatch):
     """Until something else is asked for; what the module itself does is followed at once."""
-    run_units = inference.run_units
-    monkeypatch.setattr(inference, "run_units", lambda *a, **k: ran.append(a[4]) or run_units(*a, **k))
     model, x = torch.nn.Sequential(rf.BasicBlock(CHANNELS, CHANNELS)).eval(), images().contiguous()
     rf.fuse(model)
     with torch.no_grad():
         expected = model(x)
         assert choices_of(model, x) == [EAGER] and choices_of(model, images()) != [EAGER]
         for _ in range(2):
-            del ran[:]
-            assert torch.equal(model(x), expected) and ran == []
+            del ran_in_inference[:]
+            assert torch.equal(model(x), expected) and ran_in_inference == []
     grad, context = False, contextlib.nullcontext()
     if change == "layout":
         x = x.to(memory_format=torch.channels_last)
@@ -776,16 +782,14 @@ def test_few_contiguous_pixels_are_eagers_in_inference(change, ran, monkeypatch)
         model[0].bn1.register_forward_hook(lambda module, args, output: output + 1)
     with context, torch.set_grad_enabled(grad):
         found = model(x)
-        assert (ran == []) == (change == "forward")
+        assert (ran_in_inference == []) == (change == "forward")
         reference = without_fusion(model)(x)
         torch.testing.assert_close(found, reference)
         assert torch.allclose(reference, expected) == (change != "forward")
 
 
-def test_what_is_left_as_a_whole_is_left_inside_as_well(measured, whole, ran, monkeypatch):
+def test_what_is_left_as_a_whole_is_left_inside_as_well(measured, whole, ran_in_inference):
     """Though its own forward calls children that are fused themselves."""
-    run_units = inference.run_units
-    monkeypatch.setattr(inference, "run_units", lambda *a, **k: ran.append(a[4]) or run_units(*a, **k))
     unit = [torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), torch.nn.BatchNorm2d(CHANNELS), torch.nn.ReLU6()]
     model = torch.nn.Sequential(torch.nn.Sequential(*unit), *copy.deepcopy(unit)).to(memory_format=torch.channels_last)
     rf.fuse(model.eval())
@@ -794,7 +798,14 @@ def test_what_is_left_as_a_whole_is_left_inside_as_well(measured, whole, ran, mo
     rf.plan(model, x, training=False)
     with torch.no_grad():
         model(x)
-        del ran[:]
+        del ran_in_inference[:]
         for _ in range(4):
             model(x)
-        assert ran == []
+        assert ran_in_inference == []
+
+
+def test_a_plane_of_one_pixel_is_no_contiguous_one():
+    x = torch.randn(2, CHANNELS, 1, 1)
+    model = basic_block().eval()
+    with torch.no_grad():
+        assert x.is_contiguous() and choices_of(model, x) != [EAGER]

@@ -23,7 +23,7 @@ from resnet_fused.planner.entry import EAGER, Choices, Entry, all_library, both
 from resnet_fused.planner.keys import Key, key_of, settings
 from resnet_fused.planner.recording import Call, recorded
 from resnet_fused.planner.store import Store, say
-from resnet_fused.units import Join, Unit, is_channels_last, output_plane
+from resnet_fused.units import Join, Unit, output_plane
 
 MODES = ("auto", "off", "file", "measure")
 MOST_DECIDED = 4096  # keys; beyond, as with inputs of ever other sizes, all are decided anew
@@ -90,7 +90,7 @@ def shipped(training: bool, minimal: bool, x: Tensor, chain: Sequence[Unit], joi
     if training:
         eager = eager_trains_faster(plain) and not minimal  # eager keeps more for backward
     else:
-        eager = eager_infers_faster(x.dtype, is_channels_last(x), packed, most)
+        eager = eager_infers_faster(x.dtype, x.is_contiguous(memory_format=torch.channels_last), packed, most)
     return EAGER if eager else both(native, tuple(found))
 
 
@@ -158,9 +158,9 @@ def circumstances(x: Tensor) -> tuple | None:
 
 
 def situation(x: Tensor) -> tuple | None:
-    """What tells calls without gradients apart of which the same is faster; None where nobody has chosen what is.
+    """The part of :func:`circumstances` that says whether eager is the faster one in a call without gradients.
 
-    Cheaper than :func:`circumstances`, and for those alone whom another answer costs time and nothing else.
+    None where that is not asked. For those alone whom a wrong answer costs time and nothing else.
     """
     if torch.is_grad_enabled() or recorded() is not None or current_engine() != "auto":
         return None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from resnet_fused import autograd, functional, inference, pooling
 from resnet_fused.engine import current_engine, without_autocast
+from resnet_fused.opaque import assume_constant_result
 from resnet_fused.reference import residual as reference_residual
-from resnet_fused.surgery.context import assume_constant_result, compute_dtype, fusible
+from resnet_fused.surgery.context import compute_dtype, fusible
 from resnet_fused.surgery.layers import conv_of, frozen_batch_norm, is_max_pool, norm_of
 from resnet_fused.surgery.runs import Pair
 from resnet_fused.units import Norm, Unit

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from resnet_fused.opaque import assume_constant_result
 from resnet_fused.planner import decide
-from resnet_fused.surgery.context import assume_constant_result, is_ordinary, is_tensor
+from resnet_fused.surgery.context import is_ordinary, is_tensor
 from resnet_fused.surgery.layout import in_channels_last
 from resnet_fused.surgery.program import Program
 from resnet_fused.surgery.recording import TENSOR, Left
@@ -67,9 +68,9 @@ class FusedForward:
         single = len(args) == 1 and not kwargs and is_tensor(args[0])
         # Whatever has changed since plans left the last call to eager, this is right. To ask what might have took 1.0
         # of 15.7 ms, ResNet-50 on a contiguous image of 64x64.
-        if single and self._last is not None and self._last.eager_in is not None:
-            if self._last.eager_in == decide.situation(args[0]):
-                return type(module).forward(module, args[0])
+        left = self._last.eager_in if single and self._last is not None else None
+        if left is not None and left == decide.situation(args[0]):
+            return type(module).forward(module, args[0])
         if self.active and is_ordinary():
             if single:
                 program, tensors = self._program(module, None, _ONE_TENSOR), args

@@ -42,6 +42,12 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def fused_forward_called(module: nn.Module) -> Any:
+    """The FusedForward that calling ``module`` runs, or None."""
+    forward = module.__dict__.get("forward")
+    return forward if hasattr(forward, "usual") else None
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling ``module`` runs its class's own functions and nothing else."""
     return not is_hooked(module) and module.__dict__.keys().isdisjoint(_CALLED_INSTEAD)

@@ -8,7 +8,6 @@ Else each block copies its input and its output (:func:`resnet_fused.inference.p
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from resnet_fused import ops
 from resnet_fused.inference import prefers_channels_last
 from resnet_fused.surgery.context import compute_dtype, fusible
-from resnet_fused.surgery.layers import is_hooked, is_plain, is_sequence
+from resnet_fused.surgery.layers import fused_forward_called, is_hooked, is_plain, is_sequence
 from resnet_fused.surgery.program import Program
 
 # What computes the same in any layout and hands on no view of its memory.
@@ -58,8 +57,8 @@ def _is_neutral_module(module: nn.Module) -> bool:
         return is_plain(module)
     if is_hooked(module):
         return False
-    forward: Any = module.__dict__.get("forward")
-    if hasattr(forward, "usual"):  # a FusedForward
+    forward = fused_forward_called(module)
+    if forward is not None:
         program = forward.usual(module.training)
         return isinstance(program, Program) and _is_neutral(module, program)
     return is_sequence(module) and is_plain(module) and all(map(_is_neutral_module, module))

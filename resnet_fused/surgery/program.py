@@ -10,7 +10,7 @@ import itertools
 import linecache
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from resnet_fused.planner import decide
 from resnet_fused.planner.recording import recorded
 from resnet_fused.surgery.execution import COMPOSED, PoolCall, pool_by_functional, pool_by_torch, run_block
-from resnet_fused.surgery.layers import normalises_and_activates
+from resnet_fused.surgery.layers import fused_forward_called, normalises_and_activates
 from resnet_fused.surgery.recording import record
 from resnet_fused.surgery.runs import Finder, Run
 from resnet_fused.units import Join
@@ -131,19 +131,15 @@ class Program:
         self._steps: Callable | None = None
         # The circumstances in which plans left all runs to eager, last.
         self._composed: tuple | None = None
-        # The situation of the last call if it was one of them, for whoever calls the module's own forward then: that
-        # computes by eager what plans left to it, unless it calls a module that runs some of it fused.
+        # The same for whoever calls the module's own forward then; None where that would run some of it fused.
         self.eager_in: tuple | None = None
-        self._calls_fused = True
 
     def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
         if torch.compiler.is_compiling():
             results = self._function(module, module, *tensors)
         elif self._composed is not None and self._composed == self._circumstances(tensors):
             results = self._step_by_step(module, *tensors)
-            self.eager_in = None if self._calls_fused or len(tensors) != 1 else decide.situation(tensors[0])
         else:
-            self.eager_in = None
             noted = recorded()
             with (
                 contextlib.nullcontext()
@@ -155,7 +151,8 @@ class Program:
             thread = threading.get_ident()
             if not self._synchronises and all(call.composed_in == thread for call in self.calls):
                 self._composed = self._circumstances(tensors)
-                self._calls_fused = any(_is_fused(m) and self._shares_layers(m) for m in _below(module))
+                alone = len(tensors) == 1 and not self._fused_below(module)
+                self.eager_in = decide.situation(tensors[0]) if alone else None
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
 
     def _circumstances(self, tensors: Sequence[Tensor]) -> tuple | None:
@@ -175,9 +172,11 @@ class Program:
                 found += [p is not None and p.requires_grad for p in layer._parameters.values()]
         return tuple(found)
 
-    def _shares_layers(self, child: nn.Module) -> bool:
-        own = set(map(id, self._layers))
-        return any(id(m) in own for m in child.modules())
+    def _fused_below(self, module: nn.Module) -> bool:
+        """Whether calling a module in ``module`` runs layers of these runs fused."""
+        layers = set(self._layers)
+        below = (m for m in module.modules() if m is not module and fused_forward_called(m) is not None)
+        return any(not layers.isdisjoint(m.modules()) for m in below)
 
     def _run_by_run(self, module: nn.Module, *tensors: Tensor) -> Any:
         """With the runs fused."""
@@ -236,14 +235,6 @@ class Program:
         names = {id(value): name for name, value in function.__globals__.items()}
         self._names = [names[id(call)] for call in self.calls]
         return function
-
-
-def _below(module: nn.Module) -> Iterator[nn.Module]:
-    return (m for m in module.modules() if m is not module)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    return hasattr(module.__dict__.get("forward"), "usual")
 
 
 def _digest(graph: fx.Graph, runs: Sequence[Run]) -> str:

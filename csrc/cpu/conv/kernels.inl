@@ -35,7 +35,7 @@ RESNET_FUSED_INLINE void exchange_all(Float<16> (&v)[16]) {
   }
 }
 
-// Where the vectors don't fit the registers anyway, one function: inlined it was much of what there was to compile.
+// Where the vectors don't fit the registers anyway, one function: inlined it took 12 s of the 33 to compile the baseline.
 #if RESNET_FUSED_REGISTER == 64
 RESNET_FUSED_INLINE
 #else

@@ -12,8 +12,8 @@
 // Standard headers stay above this line, see ../kernels_avx512.cpp.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,prfchw")
-// GCC 12 reads the whole file before it heeds the pragma: __AVX512F__ and its like are not defined behind it.
 #define RESNET_FUSED_CONV_KERNELS conv_kernels_avx512
+// GCC 12 reads the whole file before it heeds the pragma: __AVX512F__ and its like are not defined behind it.
 #define RESNET_FUSED_REGISTER 64
 #include "kernels.inl"
 #else

@@ -14,8 +14,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c,prfchw")
 // GCC 12 reads the whole file before it heeds the pragma: __AVX512F__ and its like are not defined behind it.
 #define RESNET_FUSED_AVX512_BF16
-#define RESNET_FUSED_CONV_KERNELS conv_kernels_avx512_bf16
 #define RESNET_FUSED_REGISTER 64
+#define RESNET_FUSED_CONV_KERNELS conv_kernels_avx512_bf16
 #include "kernels.inl"
 #else
 namespace resnet_fused::cpu {
