@@ -8,7 +8,8 @@ packed comes with the convolution, as ``Conv.packed``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from resnet_fused.engine import current_engine
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import Choices
 from resnet_fused.units import Join, Norm, Unit, is_channels_last
+
+# ``relu(norm(conv(x)) + shortcut)`` of x, the shortcut, whether there is a ReLU, and whether the shortcut's memory may
+# be written over.
+Step = Callable[..., Tensor]
 
 
 def residual(
@@ -42,7 +47,7 @@ def residual(
     """
     if torch.compiler.is_compiling():
         return _compiled(x, units, shortcut, relu)
-    contiguous = _copies_layout(x, units)
+    contiguous = copies_layout(x, units)
     identity = shortcut is x
     if contiguous:
         x = ops.to_channels_last(x)
@@ -67,12 +72,29 @@ def run_units(
     """:func:`residual` in ``x``'s layout, with what is native of each unit, the projection's last."""
     if not choices:
         return eager.residual(x, units, shortcut, relu)
-    if isinstance(shortcut, Unit):
-        shortcut, overwrite = _unit(x, shortcut, None, False, choices[-1][0]), True
-    a = x
-    for u, (native, _) in zip(units[:-1], choices, strict=False):
-        a = _unit(a, u, None, True, native)
-    return _unit(a, units[-1], shortcut, relu, choices[len(units) - 1][0], overwrite)
+    chain = (*units, shortcut) if isinstance(shortcut, Unit) else units
+    steps = [functools.partial(_unit, u, native) for u, (native, _) in zip(chain, choices, strict=True)]
+    return run_steps(x, steps[: len(units)], steps[-1] if isinstance(shortcut, Unit) else shortcut, relu, overwrite)
+
+
+def run_steps(x: Tensor, steps: Sequence[Step], shortcut: Tensor | Step | None, relu: bool, overwrite: bool) -> Tensor:
+    """:func:`run_units` of units as functions."""
+    if callable(shortcut):
+        shortcut, overwrite = shortcut(x, None, False), True
+    for step in steps[:-1]:
+        x = step(x, None, True)
+    return steps[-1](x, shortcut, relu, overwrite)
+
+
+def lasting_step(dtype: torch.dtype, unit: Unit, native: bool) -> Step:
+    """A unit as a function of inputs of ``dtype`` in native's layout, while its data are what they are.
+
+    And while :func:`resnet_fused.snapshot.address` of its tensors is the same, if its convolution has packed weights.
+    """
+    conv, norm = unit
+    if native and conv is not None and norm is None and conv.packed is not None and not conv.weight.requires_grad:
+        return conv.packed.native(dtype, conv)
+    return functools.partial(_unit, unit, native)
 
 
 def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
@@ -90,7 +112,7 @@ def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
+def copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
     """Whether a block runs in channels_last though eager's output is contiguous."""
     if not prefers_channels_last(x, x.dtype):
         return False
@@ -99,7 +121,7 @@ def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
 
 
 def _unit(
-    x: Tensor, unit: Unit, shortcut: Tensor | None, relu: bool, native: bool, overwrite: bool = False
+    unit: Unit, native: bool, x: Tensor, shortcut: Tensor | None, relu: bool, overwrite: bool = False
 ) -> Tensor:
     """``relu(norm(conv(x)) + shortcut)``. ``native``: by this package's convolution, if ``x`` came in its layout."""
     conv, norm = unit
@@ -182,7 +204,7 @@ def _(x, shortcut, tensors, sizes, numbers, groups, engine, join, relu):
 
 def _layout(x: Tensor, units: Sequence[Unit]) -> torch.memory_format:
     """Of a block's output."""
-    if _copies_layout(x, units):
+    if copies_layout(x, units):
         return torch.contiguous_format
     *_, (_, layout) = opaque.outputs(x, units, Join.NONE)
     return layout

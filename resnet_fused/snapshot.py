@@ -48,9 +48,7 @@ class Packed:
         if torch.compiler.is_compiling() or weight.requires_grad:
             return None
         if native:
-            found = self._get((x.dtype, "native"), weight, bias, lambda: _pack(x.dtype, weight, bias, geometry))
-            packed, affine = found
-            return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
+            return self.native(x.dtype, conv)(x, shortcut, relu)
         if x.device.type != "cpu" or not ops.has_fused_convolution(x.dtype):
             return None
         if not x.is_contiguous(memory_format=torch.channels_last) and not is_channels_last(weight):
@@ -72,10 +70,24 @@ class Packed:
         )
         return ops.fused_convolution(x, packed, cast_bias, *geometry, conv.groups, shortcut, relu, overwrite)
 
+    def native(self, dtype: torch.dtype, conv: Conv) -> Callable[..., Tensor]:
+        """The native convolution of inputs of ``dtype``, of an input, a shortcut and whether a ReLU follows.
+
+        As long as :func:`address` of ``conv``'s weight and bias is what it is now.
+        """
+        weight, bias = conv.weight, conv.bias
+        geometry = conv.stride, conv.padding, conv.dilation
+        packed, affine = self._get((dtype, "native"), weight, bias, lambda: _pack(dtype, weight, bias, geometry))
+
+        def convolve(x: Tensor, shortcut: Tensor | None, relu: bool, overwrite: bool = False) -> Tensor:
+            return ops.conv_fprop_inference(x, None, weight, affine, shortcut, relu, *geometry, packed)
+
+        return convolve
+
     def _get(self, key: tuple, weight: Tensor, bias: Tensor | None, make: Callable[[], tuple]) -> tuple:
         """What ``make`` made under ``key`` of these very tensors."""
         tensors = [t for t in (weight, bias) if t is not None]
-        source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        source = [address(t) for t in tensors]
         if source != self._source:
             self._source = source
             # Kept, so that no other tensor comes to lie where these lie.
@@ -85,6 +97,11 @@ class Packed:
         if found is None:
             found = self._made[key] = make()
         return found
+
+
+def address(t: Tensor) -> tuple[int, int]:
+    """Where ``t``'s values lie, and how many writes to them were counted."""
+    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _pack(

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet as tv
+from user_models import nontrivial
 
 import resnet_fused as rf
 from resnet_fused import ops
+from resnet_fused.surgery import program
 
 
 @pytest.fixture
@@ -90,6 +92,7 @@ CHANGES = {
     "replaced_parameter": lambda b, x: setattr(b.conv2, "weight", nn.Parameter(torch.randn_like(b.conv2.weight))),
     "replaced_data": lambda b, x: setattr(b.conv2.weight, "data", torch.randn_like(b.conv2.weight)),
     "eps": lambda b, x: setattr(b.bn1, "eps", 0.5),
+    "settings": lambda b, x: (setattr(b.conv1, "padding", (2, 2)), setattr(b.conv1, "dilation", (2, 2))),
     "load_state_dict": lambda b, x: b.load_state_dict(rf.BasicBlock(8, 8).state_dict()),
     "train_step": lambda b, x: (b.train(), b(x), b.eval()),
     "replaced_norm": lambda b, x: setattr(b, "bn1", nn.BatchNorm2d(8, eps=0.1).to(x.device).eval()),
@@ -102,14 +105,48 @@ def test_what_changes_shows(block, x, name):
         before = block(x)
         CHANGES[name](block, x)
         expected = rf.BasicBlock(8, 8).eval().to(x.device)
-        for a, b in (("bn1", "bn1"), ("bn2", "bn2")):
-            getattr(expected, a).eps = getattr(block, b).eps
+        expected.bn1.eps, expected.bn2.eps = block.bn1.eps, block.bn2.eps
+        expected.conv1.padding, expected.conv1.dilation = block.conv1.padding, block.conv1.dilation
         expected.load_state_dict(block.state_dict())
         with rf.engine("reference"):
             expected = expected(x)
         after = block(x)
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before, after)
+
+
+# What a block asks about, made to differ: what it is called with then.
+ASKED = {
+    "parameter": lambda b, x: CHANGES["replaced_parameter"](b, x) or x,
+    "setting": lambda b, x: [setattr(b.conv2, name, (2, 2)) for name in ("padding", "dilation")] and x,
+    "weights' layout": lambda b, x: b.to(memory_format=torch.channels_last) and x,
+    "dtype": lambda b, x: b.double() and x.double(),
+    "layout": lambda b, x: x.contiguous(),
+    "size": lambda b, x: x[:1],
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_block_asks_anew_what_may_have_changed_and_nothing_else(device, name, monkeypatch):
+    asked = []
+    run_block = program.run_block
+    monkeypatch.setattr(program, "run_block", lambda *a: asked.append(1) or run_block(*a))
+    block = nontrivial(tv.Bottleneck(16, 4)).to(device).eval()
+    rf.fuse(block)
+    x = torch.randn(2, 16, 7, 7, device=device).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for changed in (False, True):
+            x = ASKED[name](block, x) if changed else x
+            asked.clear()
+            results = [block(x) for _ in range(3)]
+            assert len(asked) == 1
+            with rf.engine("reference"):
+                expected = block(x)
+            torch.testing.assert_close(results, [expected] * 3, atol=1e-5, rtol=1e-5)
+    with rf.engine("library"):
+        block(x)
+    block(x).sum().backward()
+    assert len(asked) == 4  # and the one for the reference engine
 
 
 def step(optimiser, **settings):

@@ -23,6 +23,7 @@ from resnet_fused.planner.recording import recorded
 from resnet_fused.surgery.execution import COMPOSED, PoolCall, pool_by_functional, pool_by_torch, run_block
 from resnet_fused.surgery.layers import fused_forward_called, normalises_and_activates
 from resnet_fused.surgery.recording import record
+from resnet_fused.surgery.repetition import Repetition, circumstances
 from resnet_fused.surgery.runs import Finder, Run
 from resnet_fused.units import Join
 
@@ -51,6 +52,10 @@ class RunCall:
         self.composed_in: int | None = None  # the thread in whose call, the last one, a plan had the modules called
 
     def __call__(self, module: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Any:
+        return self.finish(self.fused(x, shortcut), module, x, shortcut)
+
+    def fused(self, x: Tensor, shortcut: Tensor | None) -> Any:
+        """As :func:`run_block` has it."""
         joins_tensor = self.join is Join.TENSOR
         added = x if self.join is Join.IDENTITY else shortcut if joins_tensor else self.projection
         z = None
@@ -58,6 +63,10 @@ class RunCall:
             z = run_block(x, self.pairs, added, self.relu, self.memory, self.overwrite, self.within)
         if not torch.compiler.is_compiling():
             self.composed_in = threading.get_ident() if z is COMPOSED else None
+        return z
+
+    def finish(self, z: Any, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Any:
+        """The run's result from :meth:`fused`'s."""
         if z is None or z is COMPOSED:
             return self.step_by_step(module, x, shortcut)
         for m in self.behind:
@@ -133,6 +142,8 @@ class Program:
         self._composed: tuple | None = None
         # The same for whoever calls the module's own forward then; None where that would run some of it fused.
         self.eager_in: tuple | None = None
+        self._repetition: Repetition | None = None  # of the last call, if it was inference
+        self._watched = False
 
     def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
         if torch.compiler.is_compiling():
@@ -140,13 +151,14 @@ class Program:
         elif self._composed is not None and self._composed == self._circumstances(tensors):
             results = self._step_by_step(module, *tensors)
         else:
+            repetition = self._repetition_for(tensors)
             noted = recorded()
             with (
                 contextlib.nullcontext()
                 if noted is None
                 else noted.module(module, self._run_by_run, self._step_by_step, tensors)
             ):
-                results = self._run_by_run(module, *tensors)
+                results = (repetition or self._run_by_run)(module, *tensors)
             # Whether a batch norm is synchronised, and so never eager, may change from call to call.
             thread = threading.get_ident()
             if not self._synchronises and all(call.composed_in == thread for call in self.calls):
@@ -154,6 +166,17 @@ class Program:
                 alone = len(tensors) == 1 and not self._fused_below(module)
                 self.eager_in = decide.situation(tensors[0]) if alone else None
         return results[0] if self._result is None else pytree.tree_unflatten(results, self._result)
+
+    def _repetition_for(self, tensors: Sequence[Tensor]) -> Repetition | None:
+        """That of the last call where it applies, else a new one; None where runs have to be asked."""
+        around = None if self._watched else circumstances(tensors)
+        repetition = self._repetition  # which another thread may replace
+        if around is None:
+            repetition = None
+        elif repetition is None or not repetition.applies(around):
+            repetition = Repetition(around, self._function, self._names, self.calls)
+        self._repetition = repetition
+        return repetition
 
     def _circumstances(self, tensors: Sequence[Tensor]) -> tuple | None:
         """What the plans of all runs depend on; None where they have to be asked.
@@ -199,11 +222,13 @@ class Program:
 
     def watch(self, wrap: Callable[[RunCall], Callable]) -> None:
         """Until :meth:`unwatch`, what ``wrap`` makes of a run's call is called in its place."""
-        self._composed = self.eager_in = None
+        self._composed = self.eager_in = self._repetition = None
+        self._watched = True
         self._put({call: wrap(call) for call in self.calls})
 
     def unwatch(self) -> None:
         """Undoes :meth:`watch`."""
+        self._watched = False
         self._put({call: call for call in self.calls})
 
     def _put(self, calls: dict[RunCall, Callable]) -> None:

@@ -151,6 +151,8 @@ struct ConvKernels {
   // Products of float32, `rows` by `columns` of the second operand, at most kPanel each, as out[column*kPanel + row]; what lies
   // behind them is undefined. Null likewise.
   void (*multiply_transposed)(const Products&, int64_t rows, int64_t columns, float* out);
+  // The same for few columns, whose second operand is [columns, depth].
+  void (*dot_rows)(const Products&, int64_t rows, int64_t columns, float* out);
   void (*pack)(const WeightPanel&);
   void (*finish_weights)(const WeightGradient&);
   WinogradKernels winograd2, winograd4;  // of tiles of 2x2 and 4x4 results

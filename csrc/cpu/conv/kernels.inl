@@ -498,6 +498,7 @@ const ConvKernels RESNET_FUSED_CONV_KERNELS = {
     kProductsFloat32,
     kProductsBFloat16,
     kProductTransposed,
+    kDotRows,
     pack,
     finish_weights,
     kWinogradKernels<2>,

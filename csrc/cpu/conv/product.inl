@@ -91,10 +91,10 @@ RESNET_FUSED_INLINE void multiply_tile(const Products& products, int64_t row, Pi
   }
 }
 
-template <class T, int kVectors, class Piece>
+template <class T, int kVectors, int kRows = kTileRows, class Piece>
 RESNET_FUSED_INLINE void multiply_rows(const Products& products, int64_t rows, Piece& piece) {
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) multiply_tile<T, kTileRows, kVectors>(products, row, piece);
+  for (; row + kRows <= rows; row += kRows) multiply_tile<T, kRows, kVectors>(products, row, piece);
   for (; row + 3 <= rows; row += 3) multiply_tile<T, 3, kVectors>(products, row, piece);
   for (; row < rows; ++row) multiply_tile<T, 1, kVectors>(products, row, piece);
 }
@@ -122,9 +122,10 @@ void multiply_transposed_panel(const Products& products, int64_t rows, int64_t c
   StoredPiece piece{sums};
   const int64_t vectors = (columns + 15) / 16;
   switch (vectors) {
-    case 1: multiply_rows<Float32, 1>(products, rows, piece); break;
-    case 2: multiply_rows<Float32, 2>(products, rows, piece); break;
-    case 3: multiply_rows<Float32, 3>(products, rows, piece); break;
+    // 8 divides a panel's rows.
+    case 1: multiply_rows<Float32, 1, 8>(products, rows, piece); break;
+    case 2: multiply_rows<Float32, 2, 8>(products, rows, piece); break;
+    case 3: multiply_rows<Float32, 3, 8>(products, rows, piece); break;
     case 4: multiply_rows<Float32, 4>(products, rows, piece); break;
   }
   for (int64_t row = 0; row < rows; row += 16) {
@@ -139,14 +140,43 @@ void multiply_transposed_panel(const Products& products, int64_t rows, int64_t c
   }
 }
 
+void dot_rows(const Products& products, int64_t rows, int64_t columns, float* out) {
+  constexpr int kRows = 4;
+  const int64_t depth = products.runs[0].depth, vectors = depth / 16;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int count = rows - row < kRows ? static_cast<int>(rows - row) : kRows;
+    const float* a[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      a[i] = static_cast<const float*>(products.runs[0].a) + (row + (i < count ? i : 0)) * products.pixel_pitch;
+    }
+    for (int64_t column = 0; column < columns; ++column) {
+      const float* b = static_cast<const float*>(products.runs[0].b) + column * depth;
+      Float<16> sums[kRows]{};
+      for (int64_t v = 0; v < vectors; ++v) {
+        const auto values = load_raw<Float<16>>(b + v * 16);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sums[i] += load_raw<Float<16>>(a[i] + v * 16) * values;
+      }
+      for (int i = 0; i < count; ++i) {
+        float sum = 0;
+        for (int lane = 0; lane < 16; ++lane) sum += sums[i][lane];
+        for (int64_t k = vectors * 16; k < depth; ++k) sum += a[i][k] * b[k];
+        out[column * kPanel + row + i] = sum;
+      }
+    }
+  }
+}
+
 constexpr PanelProducts kProductsFloat32{multiply_panel<Float32, ForwardEpilogue>,
                                          multiply_panel<Float32, BackwardEpilogue>};
 constexpr auto kProductTransposed = multiply_transposed_panel;
+constexpr auto kDotRows = dot_rows;
 
 #else
 
 constexpr PanelProducts kProductsFloat32{};
 constexpr decltype(ConvKernels::multiply_transposed) kProductTransposed = nullptr;
+constexpr decltype(ConvKernels::dot_rows) kDotRows = nullptr;
 
 #endif
 

@@ -16,6 +16,9 @@ namespace {
 
 constexpr int64_t kFewPixels = 4 * kPanel;
 constexpr int64_t kFewPixelsPacked = kPanel;
+// Pixels behind a panel's last full vector up to which each is multiplied by itself: 49 are 3 vectors and one.
+constexpr int64_t kMostSingle = 4;
+constexpr int64_t kGatheredChannels = 256;  // of a task that gathers
 
 class Transposed {
  public:
@@ -30,18 +33,21 @@ class Transposed {
         blocks_((p.shape.k + kPanel - 1) / kPanel) {}
 
   void run() const {
-    const Scratch gathered(panels_ * depth_ * kPanel * 4);
+    const Scratch gathered(panels_ * panel_values() * 4);
     const int64_t taps = int64_t{shape_.r} * shape_.s;
-    at::parallel_for(0, panels_ * taps, 1, [&](int64_t begin, int64_t end) {
-      const Scratch rows(kPanel * shape_.c * 4);
+    const int64_t parts = (shape_.c + kGatheredChannels - 1) / kGatheredChannels;
+    at::parallel_for(0, panels_ * taps * parts, 1, [&](int64_t begin, int64_t end) {
+      const Scratch rows(kPanel * kGatheredChannels * 4);
       for (int64_t task = begin; task < end; ++task) {
-        gather(task / taps, task % taps, rows.at<float>(), gathered.at<float>());
+        const int64_t channel = task % parts * kGatheredChannels, panel = task / parts / taps;
+        gather(panel, task / parts % taps, channel, rows.at<float>(), gathered.at<float>() + panel * panel_values());
       }
     });
     // A thread's tasks share their weights, which are the larger operand.
     at::parallel_for(0, blocks_ * panels_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        multiply(task / panels_, task % panels_, gathered.at<float>());
+        const int64_t panel = task % panels_;
+        multiply(task / panels_, panel, gathered.at<float>() + panel * panel_values());
       }
     });
   }
@@ -49,28 +55,40 @@ class Transposed {
  private:
   int64_t pixels_of(int64_t panel) const { return std::min(kPanel, pixels_ - panel * kPanel); }
 
-  // What one filter tap reads for a panel of target pixels, as [C, kPanel] of the panel's [R*S*C, kPanel].
-  void gather(int64_t panel, int64_t tap, float* rows, float* out) const {
+  // Of a panel's pixels, how many are multiplied one by one.
+  int64_t single_of(int64_t panel) const {
+    const int64_t behind = pixels_of(panel) % 16;
+    return behind <= kMostSingle ? behind : 0;
+  }
+
+  // What a panel of pixels reads, as [R*S*C, kPanel], and behind it that of its single pixels, as [kMostSingle, R*S*C].
+  int64_t panel_values() const { return depth_ * (kPanel + kMostSingle); }
+
+  // The part of that which a filter tap reads of kGatheredChannels channels.
+  void gather(int64_t panel, int64_t tap, int64_t channel, float* rows, float* out) const {
     const ConvKernels& kernels = conv_kernels();
-    out += (panel * depth_ + tap * shape_.c) * kPanel;
-    const int64_t first = panel * kPanel, count = pixels_of(panel);
+    const int64_t width = std::min<int64_t>(kGatheredChannels, shape_.c - channel), depth = tap * shape_.c + channel;
+    const int64_t first = panel * kPanel, single = single_of(panel), together = pixels_of(panel) - single;
+    float* singles = out + depth_ * kPanel + depth;
     if (pointwise()) {
-      kernels.load_transposed(source_, {first, 1, count}, 0, shape_.c, out, kPanel);
+      if (together) kernels.load_transposed(source_, {first, 1, together}, channel, width, out + depth * kPanel, kPanel);
+      if (single) kernels.load(source_, {first + together, 1, single}, channel, width, singles, depth_);
       return;
     }
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < together + single; ++i) {
       const int64_t q = (first + i) % shape_.q, p = (first + i) / shape_.q % shape_.p,
                     n = (first + i) / shape_.q / shape_.p;
       const int64_t h = p * shape_.stride_h - shape_.pad_h + tap / shape_.s * shape_.dilation_h;
       const int64_t w = q * shape_.stride_w - shape_.pad_w + tap % shape_.s * shape_.dilation_w;
+      float* row = i < together ? rows + i * width : singles + (i - together) * depth_;
       if (h < 0 || h >= shape_.h || w < 0 || w >= shape_.w) {
-        std::memset(rows + i * shape_.c, 0, shape_.c * 4);
+        std::memset(row, 0, width * 4);
       } else {
-        kernels.load(source_, {(n * shape_.h + h) * shape_.w + w, 1, 1}, 0, shape_.c, rows + i * shape_.c, shape_.c);
+        kernels.load(source_, {(n * shape_.h + h) * shape_.w + w, 1, 1}, channel, width, row, width);
       }
     }
-    const Operand copy{DType::Float32, Prologue::kNone, shape_.c, rows, nullptr, nullptr, nullptr, nullptr};
-    kernels.load_transposed(copy, {0, 1, count}, 0, shape_.c, out, kPanel);
+    const Operand copy{DType::Float32, Prologue::kNone, width, rows, nullptr, nullptr, nullptr, nullptr};
+    if (together) kernels.load_transposed(copy, {0, 1, together}, 0, width, out + depth * kPanel, kPanel);
   }
 
   // Whether target pixels read their own source pixels.
@@ -83,9 +101,17 @@ class Transposed {
   void multiply(int64_t block, int64_t panel, const float* gathered) const {
     float results[kPanel * kPanel];
     const int64_t channel = block * kPanel, width = std::min<int64_t>(kPanel, shape_.k - channel);
-    const ProductRun run{weight_ + channel * depth_, gathered + panel * depth_ * kPanel, depth_};
-    conv_kernels().multiply_transposed({&run, 1, depth_, 0}, width, pixels_of(panel), results);
-    results_.finish(results, kPanel, {panel * kPanel, 1, pixels_of(panel)}, channel, width, nullptr);
+    const int64_t single = single_of(panel), together = pixels_of(panel) - single;
+    const float* weight = weight_ + channel * depth_;
+    if (together) {
+      const ProductRun run{weight, gathered, depth_};
+      conv_kernels().multiply_transposed({&run, 1, depth_, 0}, width, together, results);
+    }
+    if (single) {
+      const ProductRun run{weight, gathered + depth_ * kPanel, depth_};
+      conv_kernels().dot_rows({&run, 1, depth_, 0}, width, single, results + together * kPanel);
+    }
+    results_.finish(results, kPanel, {panel * kPanel, 1, together + single}, channel, width, nullptr);
   }
 
   const ConvShape& shape_;
