@@ -94,6 +94,37 @@ def test_the_same_bits_for_any_number_of_threads(threads, name, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+# N, C, plane, K, filter, stride: pixels of full vectors and 0 to 5 more, channels that are gathered in parts.
+FEW_PIXELS = [
+    (1, 520, (7, 7), 130, 1, 1),
+    (2, 300, (5, 5), 200, 1, 1),
+    (1, 600, (3, 17), 128, 1, 1),
+    (1, 290, (2, 2), 128, 3, 1),
+    (1, 260, (4, 13), 192, 3, 1),
+    (1, 270, (13, 13), 140, 3, 2),
+    (1, 1030, (8, 8), 128, 1, 1),
+    (1, 257, (1, 53), 129, 1, 1),
+    (4, 513, (7, 7), 128, 1, 1),
+]
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("shape", FEW_PIXELS, ids=str)
+def test_inference_on_few_pixels(shape, normalised):
+    n, c, plane, k, taps, stride = shape
+    geometry = (stride,) * 2, (taps // 2,) * 2, (1, 1)
+    x, weight = channels_last(n, c, *plane), channels_last(k, c, taps, taps)
+    table, affine = torch.rand(4, c), torch.rand(4, k)
+    a = (x * table[2].view(1, -1, 1, 1) + table[3].view(1, -1, 1, 1)).relu() if normalised else x
+    exact = torch.conv2d(a.double(), weight.double(), None, *geometry)
+    shortcut = channels_last(*exact.shape)
+    exact = (exact * affine[2].view(1, -1, 1, 1) + affine[3].view(1, -1, 1, 1) + shortcut).relu()
+    arguments = (x, table if normalised else None, weight, affine, shortcut, True, *geometry)
+    for packed in (None, ops.conv_pack(weight, torch.float32, *geometry)):
+        z = ops.conv_fprop_inference(*arguments, packed)
+        assert errors(z, exact).maximum <= 4 * FLOORS[torch.float32]
+
+
 # Every pass of a direct and of a Winograd convolution against float64; prints the instruction set and what is native.
 PASSES = """
 import torch, resnet_fused as rf

@@ -72,7 +72,9 @@ class Transposed {
     float* singles = out + depth_ * kPanel + depth;
     if (pointwise()) {
       if (together) kernels.load_transposed(source_, {first, 1, together}, channel, width, out + depth * kPanel, kPanel);
-      if (single) kernels.load(source_, {first + together, 1, single}, channel, width, singles, depth_);
+      for (int64_t i = 0; i < single; ++i) {  // one by one: a row's pitch behind its width would become zero
+        kernels.load(source_, {first + together + i, 1, 1}, channel, width, singles + i * depth_, width);
+      }
       return;
     }
     for (int64_t i = 0; i < together + single; ++i) {
