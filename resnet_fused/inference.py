@@ -23,6 +23,8 @@ from resnet_fused.units import Join, Norm, Unit, is_channels_last
 # ``relu(norm(conv(x)) + shortcut)`` of x, the shortcut, whether there is a ReLU, and whether the shortcut's memory may
 # be written over.
 Step = Callable[..., Tensor]
+# Is given a block's units, the projection's last, and what is native of each.
+Keep = Callable[[Sequence[Unit], Choices], None]
 
 
 def residual(
@@ -32,6 +34,7 @@ def residual(
     relu: bool,
     overwrite: bool = False,
     within: str = "",
+    keep: Keep | None = None,
 ) -> Tensor | None:
     """A block as in :func:`resnet_fused.functional.residual`, its units frozen and nothing to differentiate.
 
@@ -41,13 +44,14 @@ def residual(
         shortcut: of the output's shape and ``x``'s dtype if it is a tensor.
         overwrite: nobody reads the shortcut's tensor afterwards, and its memory may be written over.
         within: as in :class:`resnet_fused.planner.keys.Key`.
+        keep: is told how the block runs, if it runs in ``x``'s layout.
 
     Returns:
         None where a plan leaves the block to eager PyTorch, in the layout that it came in.
     """
     if torch.compiler.is_compiling():
         return _compiled(x, units, shortcut, relu)
-    contiguous = copies_layout(x, units)
+    contiguous = _copies_layout(x, units)
     identity = shortcut is x
     if contiguous:
         x = ops.to_channels_last(x)
@@ -57,6 +61,8 @@ def residual(
     choices = decide.choices(False, x, chain, Join.of(x, shortcut), relu, within=within)
     if not choices and not contiguous:
         return None
+    if keep is not None and choices and not contiguous:
+        keep(chain, choices)
     z = run_units(x, units, shortcut, relu, choices, overwrite)
     return ops.to_contiguous(z) if contiguous else z
 
@@ -112,7 +118,7 @@ def prefers_channels_last(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
-def copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
+def _copies_layout(x: Tensor, units: Sequence[Unit]) -> bool:
     """Whether a block runs in channels_last though eager's output is contiguous."""
     if not prefers_channels_last(x, x.dtype):
         return False
@@ -204,7 +210,7 @@ def _(x, shortcut, tensors, sizes, numbers, groups, engine, join, relu):
 
 def _layout(x: Tensor, units: Sequence[Unit]) -> torch.memory_format:
     """Of a block's output."""
-    if copies_layout(x, units):
+    if _copies_layout(x, units):
         return torch.contiguous_format
     *_, (_, layout) = opaque.outputs(x, units, Join.NONE)
     return layout

@@ -11,6 +11,7 @@ from thinning import covering, skip_reason
 
 import resnet_fused
 from resnet_fused.planner import decide
+from resnet_fused.surgery import program
 
 # For `benchmarks`. Appended, so that the package is still imported from where it is installed.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -95,6 +96,12 @@ def full_precision(monkeypatch):
 def shipped_table(monkeypatch):
     """What is fused does not depend on the tests before: benchmarks turn this on, and then blocks are measured."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+@pytest.fixture(autouse=True)
+def learns_at_once(monkeypatch):
+    """Inference is repeated from a test's second call on, which then has to see what changed after the first."""
+    monkeypatch.setattr(program, "LEARN_AFTER", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -96,6 +96,7 @@ def run_block(
     memory: str,
     overwrite: bool = False,
     within: str = "",
+    keep: inference.Keep | None = None,
 ) -> Tensor | None:
     """A chain of units with a ReLU between them and one join, or None or `COMPOSED` where the modules are to be called.
 
@@ -108,6 +109,7 @@ def run_block(
         memory: as in :func:`resnet_fused.functional.residual`.
         overwrite: nobody reads a shortcut's tensor afterwards.
         within: as in :class:`resnet_fused.planner.keys.Key`.
+        keep: as in :func:`resnet_fused.inference.residual`.
     """
     if not fusible(x):
         return None
@@ -168,7 +170,7 @@ def run_block(
         if reference:
             return reference_residual(cast, units, joined, relu)
         if infers:
-            z = inference.residual(cast, units, joined, relu, overwrite and not autocast, within)
+            z = inference.residual(cast, units, joined, relu, overwrite and not autocast, within, keep)
         else:
             z = autograd.residual(cast, units, joined, relu, memory, autocast, within)
     return COMPOSED if z is None else z

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright (c) the resnet_fused authors
-"""Inference again in the circumstances of the call before it, without asking anew what applies: :class:`Repetition`.
+"""Inference again in the circumstances of calls before it, without asking anew what applies: :class:`Repetition`.
 
 Between convolutions, which leave nothing of Python's in the caches, a question takes some ten times what it takes in a
 loop: on ResNet-50, one image of 224x224 through a :func:`resnet_fused.fold`, all of them took 2 of 33 ms. So they are
@@ -20,7 +20,7 @@ from resnet_fused import inference
 from resnet_fused.planner import decide
 from resnet_fused.planner.entry import Choices
 from resnet_fused.snapshot import address
-from resnet_fused.surgery.layers import PACKED, conv_of, norm_of
+from resnet_fused.surgery.layers import PACKED
 from resnet_fused.surgery.runs import Run
 from resnet_fused.units import Join, Unit
 
@@ -33,6 +33,8 @@ _SETTINGS = (
     *("stride", "padding", "dilation", "groups", "padding_mode", PACKED),
     *("eps", "momentum", "track_running_stats"),
 )
+
+_REGISTERED = frozenset({"weight", "bias", "running_mean", "running_var"})
 
 
 def _description(t: Tensor) -> tuple:
@@ -54,14 +56,18 @@ def _state(runs: Sequence[Run]) -> list:
     return found
 
 
-def circumstances(tensors: Sequence[Tensor]) -> list[tuple] | None:
+def _has_plain(runs: Sequence[Run]) -> bool:
+    """Whether a layer has a plain attribute where its class registers a tensor: :func:`_state` does not look there."""
+    return any(not _REGISTERED.isdisjoint(layer.__dict__) for run in runs for layer in run.layers)
+
+
+def circumstances(tensors: Sequence[Tensor]) -> tuple | None:
     """What inference on ``tensors`` depends on besides the layers; None of other calls and where it must be asked."""
     if torch.is_grad_enabled() or any(t.layout is not torch.strided for t in tensors):
         return None
-    around = [decide.circumstances(t) for t in tensors]
-    if not all(around) or any(torch.is_autocast_enabled(t.device.type) for t in tensors):
-        return None
-    return around  # type: ignore[return-value]
+    around = tuple(decide.circumstances(t) for t in tensors)
+    autocast = any(torch.is_autocast_enabled(t.device.type) for t in tensors)
+    return around if all(around) and not autocast else None
 
 
 class _Repeated:
@@ -78,26 +84,10 @@ class _Repeated:
             inference.lasting_step(x.dtype, u, native and in_layout)
             for u, (native, _) in zip(units, choices, strict=True)
         ]
-        self._steps, self._projection = (steps, None) if run.projection is None else (steps[:-1], steps[-1])
+        self._projection = None if run.projection is None else steps.pop()
+        self._steps = steps
         self._x = _description(x)
         self._shortcut = None if shortcut is None else _description(shortcut)
-
-    @staticmethod
-    def of(call: RunCall, x: Tensor, shortcut: Tensor | None) -> _Repeated | None:
-        """Of a call that has just run fused. None where it normalises by the batch, runs as eager, or in another layout
-        than ``x``'s."""
-        run = call.run
-        if type(x) is not Tensor or (shortcut is not None and type(shortcut) is not Tensor):
-            return None
-        units = [Unit(p.conv and conv_of(p.conv), p.norm and norm_of(p.norm)) for p in run.pairs]
-        used = [t for conv, norm in units for t in (*(conv or ())[:2], *(norm or ())[:4]) if t is not None]
-        registered = {id(t) for m in run.layers for t in (*m._parameters.values(), *m._buffers.values())}
-        if any(n is not None and n.batch_statistics for _, n in units) or not registered.issuperset(map(id, used)):
-            return None
-        if inference.copies_layout(x, units[: len(run.units)]):
-            return None
-        choices = decide.choices(False, x, units, run.join, run.relu, within=call.within)
-        return _Repeated(call, units, choices, x, shortcut) if choices else None
 
     def __call__(self, module: Any, x: Tensor, shortcut: Tensor | None = None) -> Any:
         joined: Any = self._projection
@@ -117,46 +107,43 @@ class _Repeated:
 
 
 class Repetition:
-    """A program's function for calls without gradients in which nothing but values has changed since the first of them.
-
-    The first call finds out how its runs run.
+    """A program's function for calls in the same :func:`circumstances`. The first finds out how its runs run.
 
     Args:
-        around: of :func:`circumstances`.
         function: the program's, of a module and its inputs.
         names: of the runs' calls among its globals.
         calls: the runs' calls.
     """
 
-    def __init__(self, around: list[tuple], function: Any, names: Sequence[str], calls: Sequence[RunCall]):
-        self._around, self._function = around, function
-        self._names, self._calls = names, calls
+    def __init__(self, function: Any, names: Sequence[str], calls: Sequence[RunCall]):
+        self._function, self._names, self._calls = function, names, calls
         self._runs = [call.run for call in calls]
         self._state = _state(self._runs)
         self._again: Callable | None = None  # the function as it is called from the second call on
 
-    def applies(self, around: list[tuple]) -> bool:
-        """Whether nothing but values has changed."""
-        return around == self._around and _state(self._runs) == self._state
+    def layers_are_as_before(self) -> bool:
+        """Whether nothing but values has changed in the layers of the runs."""
+        return _state(self._runs) == self._state
 
     def __call__(self, module: Any, *tensors: Tensor) -> Any:
         again = self._again
         return self._first(module, tensors) if again is None else again(module, module, *tensors)
 
     def _first(self, module: Any, tensors: Sequence[Tensor]) -> Any:
-        seen: dict[RunCall, _Repeated | None] = {}
+        seen: dict[RunCall, _Repeated] = {}
 
         def learner(call: RunCall) -> Callable:
             def run(module: Any, x: Tensor, shortcut: Tensor | None = None) -> Any:
-                z = call.fused(x, shortcut)
-                seen[call] = _Repeated.of(call, x, shortcut) if isinstance(z, Tensor) else None
-                return call.finish(z, module, x, shortcut)
+                def keep(units: Sequence[Unit], choices: Choices) -> None:
+                    seen[call] = _Repeated(call, units, choices, x, shortcut)
+
+                return call.finish(call.fused(x, shortcut, keep), module, x, shortcut)
 
             return run
 
         results = self._with([learner(call) for call in self._calls])(module, module, *tensors)
         repeated = [seen.get(call) for call in self._calls]
-        self._again = self._with(repeated) if all(repeated) else self._function
+        self._again = self._with(repeated) if all(repeated) and not _has_plain(self._runs) else self._function
         return results
 
     def _with(self, calls: Sequence[Any]) -> Callable:

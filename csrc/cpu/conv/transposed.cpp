@@ -71,7 +71,8 @@ class Transposed {
     const int64_t first = panel * kPanel, single = single_of(panel), together = pixels_of(panel) - single;
     float* singles = out + depth_ * kPanel + depth;
     if (pointwise()) {
-      if (together) kernels.load_transposed(source_, {first, 1, together}, channel, width, out + depth * kPanel, kPanel);
+      if (together)
+        kernels.load_transposed(source_, {first, 1, together}, channel, width, out + depth * kPanel, kPanel);
       for (int64_t i = 0; i < single; ++i) {  // one by one: a row's pitch behind its width would become zero
         kernels.load(source_, {first + together + i, 1, 1}, channel, width, singles + i * depth_, width);
       }
