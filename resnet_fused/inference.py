@@ -95,7 +95,8 @@ def run_steps(x: Tensor, steps: Sequence[Step], shortcut: Tensor | Step | None, 
 def lasting_step(dtype: torch.dtype, unit: Unit, native: bool) -> Step:
     """A unit as a function of inputs of ``dtype`` in native's layout, while its data are what they are.
 
-    And while :func:`resnet_fused.snapshot.address` of its tensors is the same, if its convolution has packed weights.
+    And while :func:`resnet_fused.snapshot.address` of its tensors is the same and none of them requires a gradient, if
+    its convolution has packed weights.
     """
     conv, norm = unit
     if native and conv is not None and norm is None and conv.packed is not None and not conv.weight.requires_grad:

@@ -52,7 +52,7 @@ def _state(runs: Sequence[Run]) -> list:
             for name, t in registered.items():
                 found.append(name if t is None else (name, id(t), *_description(t)))
         if PACKED in own:
-            found += [address(t) for t in own["_parameters"].values() if t is not None]
+            found += [(*address(t), t.requires_grad) for t in own["_parameters"].values() if t is not None]
     return found
 
 
