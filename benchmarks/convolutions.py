@@ -84,8 +84,8 @@ class Job:
         """Check the native pass by the library's error, then time both."""
         case, passes = self.case, self.passes
         calls = {
-            "native": passes.native_call(case.which, fused=case.fused),
-            "library": passes.library_call(case.which, fused=case.fused),
+            "native": passes.call_native(case.which, fused=case.fused),
+            "library": passes.call_library(case.which, fused=case.fused),
         }
         found, seen = (passes.compared(case.which, call()) for call in calls.values())
         exact = passes.exact(case.which, fused=case.fused)

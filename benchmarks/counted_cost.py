@@ -56,7 +56,7 @@ class CountedPasses:
             self.least["wgrad"] = (2 * y + x // 4, weight)
 
     def call(self, which: str) -> Callable[[], object]:
-        return self.passes.native_call(which, fused=True)
+        return self.passes.call_native(which, fused=True)
 
     @property
     def least_at_once(self) -> tuple[int, int]:

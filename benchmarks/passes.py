@@ -86,7 +86,7 @@ class Passes:
         """The coefficients that are applied to x while it is read, if any."""
         return self.coefficients if fused and self.behind_norm else None
 
-    def native_call(self, which: str, *, fused: bool) -> Callable[[], Tensor]:
+    def call_native(self, which: str, *, fused: bool) -> Callable[[], Tensor]:
         """A call that runs a pass by the native kernels; returns y, dx or dw."""
         s, x, weight, table = self.shape, self.x, self.weight, self.table(fused)
         gradient: tuple[Tensor, Tensor | None, Tensor | None] = (self.grad, None, None)
@@ -115,7 +115,7 @@ class Passes:
         """The gradient that the library's passes take: the batch norm's backward, written."""
         return ops.bn_backward_apply(self.grad, self.y, self.output_coefficients, self.backward_coefficients)
 
-    def library_call(self, which: str, *, fused: bool) -> Callable[[], Tensor]:
+    def call_library(self, which: str, *, fused: bool) -> Callable[[], Tensor]:
         """A call that runs a pass by the library, with one-pass kernels around it; returns y, dx or dw.
 
         dx comes before the ReLU's mask, which the pass after it applies.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from resnet_fused import _C
 from resnet_fused.ops import NATIVE_DTYPES, acc_dtype, pooled_plane
@@ -34,7 +35,7 @@ def _fake(name: str) -> Callable[[Callable], Callable]:
                     raise ValueError(f"{argument}: expected the device of {first}, {expected.device}, got {t.device}")
             return kernel(*arguments)
 
-        return torch.library.register_fake(f"resnet_fused::{name}")(checked)
+        return register_fake(f"resnet_fused::{name}")(checked)
 
     return register
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.library import CustomOpDef, custom_op
 
 from resnet_fused.distributed import Exchange
 from resnet_fused.engine import engine, without_autocast
@@ -98,13 +99,13 @@ def restore(
     return units
 
 
-def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], torch.library.CustomOpDef]:
+def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], CustomOpDef]:
     """Registers the decorated function as operator ``name`` of a block: ``arguments``, then what describes the block.
 
     The function takes them all and is called under the engine that they name, without autocast.
     """
 
-    def register(function: Callable) -> torch.library.CustomOpDef:
+    def register(function: Callable) -> CustomOpDef:
         def run(x, *given):
             chosen = given[-3]
             token = _in_operator.set(True)
@@ -114,7 +115,7 @@ def operator(name: str, arguments: str, returns: str) -> Callable[[Callable], to
             finally:
                 _in_operator.reset(token)
 
-        return torch.library.custom_op(
+        return custom_op(
             f"resnet_fused::{name}", run, mutates_args=(), schema=f"({arguments}, {_DESCRIPTION}) -> {returns}"
         )
 

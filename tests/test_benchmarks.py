@@ -375,7 +375,7 @@ def test_what_is_said_of_convolutions(tmp_path):
 def test_the_library_s_passes_are_what_float64_computes(which, fused, behind_norm):
     shape = convolutions.Shape(8, 9, 16, 3, 2)
     passes = convolutions.Passes(shape, 40, torch.float32, CPU, behind_norm=behind_norm)
-    found = passes.compared(which, passes.library_call(which, fused=fused)())
+    found = passes.compared(which, passes.call_library(which, fused=fused)())
     exact = passes.exact(which, fused=fused)
     assert found.shape == exact.shape and len(exact) == (16 if which == "wgrad" else 2)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)

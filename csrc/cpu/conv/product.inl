@@ -140,6 +140,8 @@ void multiply_transposed_panel(const Products& products, int64_t rows, int64_t c
   }
 }
 
+// Four rows of the first operand at a time: read from memory for the first column, from the cache for the others. The
+// second operand is small enough to stay there.
 void dot_rows(const Products& products, int64_t rows, int64_t columns, float* out) {
   constexpr int kRows = 4;
   const int64_t depth = products.runs[0].depth, vectors = depth / 16;

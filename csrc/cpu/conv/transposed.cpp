@@ -64,15 +64,16 @@ class Transposed {
   // What a panel of pixels reads, as [R*S*C, kPanel], and behind it that of its single pixels, as [kMostSingle, R*S*C].
   int64_t panel_values() const { return depth_ * (kPanel + kMostSingle); }
 
-  // The part of that which a filter tap reads of kGatheredChannels channels.
+  // The part of that which a filter tap reads of kGatheredChannels channels from `channel` on.
   void gather(int64_t panel, int64_t tap, int64_t channel, float* rows, float* out) const {
     const ConvKernels& kernels = conv_kernels();
-    const int64_t width = std::min<int64_t>(kGatheredChannels, shape_.c - channel), depth = tap * shape_.c + channel;
+    const int64_t width = std::min<int64_t>(kGatheredChannels, shape_.c - channel), offset = tap * shape_.c + channel;
     const int64_t first = panel * kPanel, single = single_of(panel), together = pixels_of(panel) - single;
-    float* singles = out + depth_ * kPanel + depth;
+    float* singles = out + depth_ * kPanel + offset;
     if (pointwise()) {
-      if (together)
-        kernels.load_transposed(source_, {first, 1, together}, channel, width, out + depth * kPanel, kPanel);
+      if (together) {
+        kernels.load_transposed(source_, {first, 1, together}, channel, width, out + offset * kPanel, kPanel);
+      }
       for (int64_t i = 0; i < single; ++i) {  // one by one: a row's pitch behind its width would become zero
         kernels.load(source_, {first + together + i, 1, 1}, channel, width, singles + i * depth_, width);
       }
@@ -91,7 +92,7 @@ class Transposed {
       }
     }
     const Operand copy{DType::Float32, Prologue::kNone, width, rows, nullptr, nullptr, nullptr, nullptr};
-    if (together) kernels.load_transposed(copy, {0, 1, together}, 0, width, out + depth * kPanel, kPanel);
+    if (together) kernels.load_transposed(copy, {0, 1, together}, 0, width, out + offset * kPanel, kPanel);
   }
 
   // Whether target pixels read their own source pixels.
